@@ -1,0 +1,36 @@
+"""Find, prove and fuse the attention prologue of any model: ``torch.compile(model, backend="fx_fusion")``."""
+
+from fx_fusion.backend import NotFused, register
+from fx_fusion.builtin import QkNormRopeCache
+from fx_fusion.config import Config, OptionError
+from fx_fusion.decline import CODES, Decline
+from fx_fusion.dispatch import KernelUnavailable
+from fx_fusion.fusion_pass import FusionPass
+from fx_fusion.op import qk_norm_rope_cache
+from fx_fusion.registry import Fusion, Handle, register_fusion
+from fx_fusion.report import FusionReport, LayerReport, last_report
+from fx_fusion.trace import explain
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "CODES",
+    "Config",
+    "Decline",
+    "Fusion",
+    "FusionPass",
+    "FusionReport",
+    "Handle",
+    "KernelUnavailable",
+    "LayerReport",
+    "NotFused",
+    "OptionError",
+    "QkNormRopeCache",
+    "explain",
+    "last_report",
+    "qk_norm_rope_cache",
+    "register_fusion",
+]
+
+register_fusion(QkNormRopeCache())
+register()

@@ -1,0 +1,141 @@
+"""The fusion that comes with the package: split → rmsnorm → mrope → cache-store."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from fx_fusion import rewrite as _rewrite
+from fx_fusion.decline import Decline
+from fx_fusion.facts import Facts
+from fx_fusion.kernels.contract import Problem, mrope_section
+from fx_fusion.patterns import qk_norm_rope_cache as pattern
+from fx_fusion.patterns.qk_norm_rope_cache import Candidate, Match
+from fx_fusion.patterns.split import Heads
+from fx_fusion.placement import check_cache_address, check_convex, check_devices, check_old_cache
+
+
+class QkNormRopeCache:
+    name = "qk_norm_rope_cache"
+
+    def find(self, facts: Facts) -> tuple[list[Candidate], list[Decline]]:
+        return pattern.find(facts)
+
+    def read(self, facts: Facts, candidate: Candidate, memo: dict[object, Any]) -> Match:
+        return pattern.read(facts, candidate, memo)
+
+    def describe(self, match: Match) -> tuple[str, dict[str, Any], float, Problem]:
+        problem = _problem(match)
+        facts = _facts(match, problem)
+        return _words(facts), facts, match.error, problem
+
+    def check(self, facts: Facts, match: Match) -> None:
+        caches = [match.key_store.store.cache, match.value_store.store.cache]
+        writers = [match.key_store.store.writer, match.value_store.store.writer]
+        check_devices([*match.operands, *caches])
+        check_convex(facts, match.operands, match.results)
+        for cache in dict.fromkeys(caches):
+            check_cache_address(cache)
+            check_old_cache(facts, cache, writers, match.operands)
+
+    def rewrite(self, graph: Graph, match: Match, kernel: str) -> None:
+        _rewrite.rewrite(graph, match, kernel)
+
+
+def _problem(match: Match) -> Problem:
+    query, key = match.query_heads, match.key_heads
+    lookup, rope, addresses = match.lookup, match.rope, match.key_store.addresses
+    angles = lookup.cos.table if lookup else rope.cos.leaf
+    return Problem(
+        num_heads=query.heads.num_heads,
+        num_kv_heads=key.heads.num_heads,
+        head_dim=key.heads.head_dim,
+        rotary_dim=rope.rotary_dim,
+        is_neox=rope.is_neox,
+        gemma_norm=key.norm.gemma,
+        q_eps=query.norm.eps,
+        k_eps=key.norm.eps,
+        dtype=_dtype(match.query.data),
+        cache_dtype=_dtype(match.key_store.store.cache),
+        weight_dtypes=(_weight_dtype(query.norm.weight), _weight_dtype(key.norm.weight)),
+        angle_dtype=_dtype(angles),
+        packed_qkv=_is_packed(match),
+        packed_table=_is_packed_table(match),
+        positions_dtype=_dtype(lookup.positions) if lookup else None,
+        num_axes=lookup.num_axes if lookup else 0,
+        axes=lookup.axes if lookup else (),
+        slots_dtype=_dtype(addresses.slots.node),
+        separate_blocks=addresses.blocks is not None,
+        per_sequence_cache=addresses.blocks is None and addresses.size[0] != 1,
+        cache_stride=tuple(stride if isinstance(stride, int) else None for stride in addresses.stride),
+        return_k=match.return_k,
+        skip_negative_slots=False,
+    )
+
+
+def _dtype(node: Node) -> torch.dtype:
+    return node.meta["val"].dtype
+
+
+def _weight_dtype(node: Node | None) -> torch.dtype | None:
+    return None if node is None else _dtype(node)
+
+
+def _is_packed(match: Match) -> bool:
+    q, k, v = match.query_heads.heads, match.key_heads.heads, match.value_store.heads
+    same = match.query.data is match.key.data is match.value_store.data
+    dense = all(heads.stride == heads.head_dim for heads in (q, k, v))
+    ends = (0, q.num_heads * q.head_dim, (q.num_heads + k.num_heads) * q.head_dim)
+    return same and dense and (q.offset, k.offset, v.offset) == ends
+
+
+def _is_packed_table(match: Match) -> bool:
+    lookup, half = match.lookup, match.rope.rotary_dim // 2
+    if lookup is None or lookup.cos.table is not lookup.sin.table:
+        return False
+    places = [(c.offset, c.step, c.count) for c in (lookup.cos, lookup.sin)]
+    return places == [(0, 1, half), (half, 1, half)] and lookup.cos.table.meta["val"].shape[1] == match.rope.rotary_dim
+
+
+def _facts(match: Match, problem: Problem) -> dict[str, Any]:
+    key, lookup = match.key_heads, match.lookup
+    section = mrope_section(lookup.axes) if lookup and lookup.num_axes == 3 else None
+    return {
+        "num_heads": problem.num_heads,
+        "num_kv_heads": problem.num_kv_heads,
+        "head_dim": problem.head_dim,
+        "projection": "packed" if problem.packed_qkv else "separate" if match.query.data is not match.key.data else "shared",
+        "columns": {name: _columns(heads) for name, heads in (("q", match.query_heads.heads), ("k", key.heads), ("v", match.value_store.heads))},
+        "norm": None if key.norm.eps is None else {"q_eps": match.query_heads.norm.eps, "k_eps": key.norm.eps, "gemma": key.norm.gemma},
+        "rope": "neox" if match.rope.is_neox else "gpt-j",
+        "rotary_dim": problem.rotary_dim,
+        "angles": "table" if lookup else "rows",
+        "mrope_section": list(section[0]) if section else None,
+        "mrope_interleaved": section[1] if section else None,
+        "axes": list(lookup.axes) if lookup else None,
+        "dtype": str(problem.dtype),
+        "cache_dtype": str(problem.cache_dtype),
+        "cache_size": [str(size) for size in match.key_store.addresses.size],
+        "cache_stride": [str(stride) for stride in match.key_store.addresses.stride],
+        "addressed_by": "block and offset" if problem.separate_blocks else "slot in each sequence's cache" if problem.per_sequence_cache else "slot",
+        "return_k": match.return_k,
+    }
+
+
+def _columns(heads: Heads) -> str:
+    return f"{heads.num_heads} x {heads.head_dim} from {heads.offset}, {heads.stride} apart"
+
+
+def _words(facts: dict[str, Any]) -> str:
+    norm = facts["norm"]
+    mrope = facts["mrope_section"]
+    parts = [
+        f"heads {facts['num_heads']}/{facts['num_kv_heads']}x{facts['head_dim']} {facts['projection']}",
+        "no norm" if norm is None else f"RMSNorm eps {norm['q_eps']:g}" + (" (1 + weight)" if norm["gemma"] else ""),
+        f"rope {facts['rope']} {facts['rotary_dim']}",
+        (f"mRoPE {mrope} {'interleaved' if facts['mrope_interleaved'] else 'sectioned'}" if mrope else f"angles by {facts['angles']}"),
+        f"cache [{', '.join(facts['cache_size'])}] by {facts['addressed_by']}",
+    ]
+    return ", ".join(parts)

@@ -1,0 +1,94 @@
+"""Why something was not rewritten: a stable code, one sentence, the node, the user's line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from torch.fx import Node
+
+#: Every code a report can carry, with what it means. ``docs/declines.md`` is generated from this table.
+CODES: dict[str, str] = {
+    "graph.training": "The graph saves values for a backward pass; fusions serve inference graphs only.",
+    "graph.disabled": "FX_FUSION_DISABLE is set.",
+    "graph.fuel": "FX_FUSION_FUEL allows no further rewrite.",
+    "store.missing": "The graph writes no KV cache in place (for example a DynamicCache, which concatenates).",
+    "store.unknown_writer": "An input is mutated by an operation whose addresses cannot be read.",
+    "store.unpaired": "A cache store has no partner: key and value stores are recognised in pairs.",
+    "store.accumulates": "The store adds to the cache instead of overwriting it.",
+    "store.index": "The cache is indexed in a way that is not one slot, or one block and offset, per token.",
+    "store.cache_not_viewable": "The cache is written through a reshape that copies, so it has no address.",
+    "store.value_broadcast": "The stored value is broadcast over the cache instead of written element by element.",
+    "store.layout": "The stored value does not fill whole heads of the cache, one row per token.",
+    "store.old_cache_read": "Something not ordered before the call reads the cache from before the store.",
+    "store.slots_differ": "Key and value are stored at different slots.",
+    "split.columns": "The columns read from the projection are not whole heads at a constant distance.",
+    "split.heads": "The number of columns read is not a multiple of head_dim.",
+    "split.layout": "The projection's output is not laid out one token per row.",
+    "split.v_not_copied": "The stored value is not a plain copy of projected columns.",
+    "norm.not_per_head": "The normalisation does not act on each head alone.",
+    "norm.not_rms": "The value before the rotation is neither RMS-normalised nor linear in the projection.",
+    "norm.eps": "The constant under the root could not be read as one positive number.",
+    "norm.eps_is_input": "The epsilon is a graph input; its value must not be read.",
+    "norm.differs": "Query and key are normalised differently (one by weight, the other by 1 + weight).",
+    "norm.weight": "The norm's weight is not one value per lane of the head.",
+    "rope.missing": "No rotation was found between the projection and the store.",
+    "rope.not_a_rotation": "The lanes of a head are not coupled in pairs as a rotary embedding couples them.",
+    "rope.rows": "Cosine and sine are not one row per token, shared by all heads.",
+    "rope.differs": "Query and key are rotated by different angles, or in different styles.",
+    "rope.query_missing": "No query is rotated by the angles that rotate the key.",
+    "rope.query_escapes": "The rotated query is consumed in pieces: no single value holds it.",
+    "rope.output_dtype": "A rotated head leaves in another dtype than its projection.",
+    "region.escapes": "A value inside the region is also used outside it.",
+    "region.not_convex": "A result of the call would feed one of its own operands.",
+    "region.evaluation": "The region could not be evaluated on the CPU.",
+    "region.too_large": "The region is too large to evaluate within the memory bound.",
+    "region.sizes": "The region's sizes depend on data, or no admissible sizes were found for its symbols.",
+    "proof.not_analytic": "A step on the data path is not analytic, so samples cannot prove what it computes.",
+    "proof.rounding": "A step rounds more coarsely (or computes more finely) than the fused kernel does.",
+    "proof.mismatch": "The region and the fused operation differ.",
+    "contract.kernel": "No kernel can serve this call.",
+    "placement.device": "Operands lie on different devices.",
+    "placement.cache": "The cache is a temporary: it has no stable address.",
+    "report.missing": "The compile cache supplied a graph whose report file is gone.",
+    "internal.error": "A reader raised an unexpected exception.",
+}
+
+#: How far a region got, in order; of several attempts the report shows the one that got furthest.
+STAGES = ("graph", "store", "region", "split", "norm", "rope", "proof", "contract", "placement", "report", "internal")
+
+
+class Decline(Exception):
+    """A reason not to rewrite. Raised by readers, collected by the pass, never seen by the user's program.
+
+    Args:
+        code: a key of :data:`CODES`.
+        found: one sentence: what was expected and what was measured.
+        nodes: the FX nodes concerned, the most telling first.
+    """
+
+    def __init__(self, code: str, found: str, nodes: Iterable[Node] = ()) -> None:
+        if code not in CODES:
+            raise ValueError(f"unknown decline code {code!r}")
+        super().__init__(f"{code}: {found}")
+        self.code = code
+        self.found = found
+        self.nodes = tuple(nodes)
+
+    @property
+    def stage(self) -> int:
+        return STAGES.index(self.code.split(".")[0])
+
+
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
+
+
+def source_line(node: Node) -> str | None:
+    """``file:line`` of the innermost user frame that made `node`, or None if the trace kept none."""
+    trace = node.meta.get("stack_trace")
+    frames = _FRAME.findall(trace) if trace else []
+    return f"{frames[-1][0]}:{frames[-1][1]}" if frames else None
+
+
+def first_source_line(nodes: Iterable[Node]) -> str | None:
+    return next((line for node in nodes if (line := source_line(node))), None)

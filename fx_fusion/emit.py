@@ -1,0 +1,101 @@
+"""Insert calls into a post-grad graph, each with its fake value, so that later passes see shapes and strides."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import Graph, Node
+from torch.fx.node import map_aggregate
+
+from fx_fusion.opset import aten
+
+Size = int | torch.SymInt
+
+#: Key in ``meta`` of every node that a rewrite put into the graph.
+EMITTED = "fx_fusion"
+
+
+class Emitter:
+    """Appends nodes at one place of `graph`; new nodes carry the source line of `origin`."""
+
+    def __init__(self, graph: Graph, origin: Node) -> None:
+        self._graph = graph
+        self._origin = origin
+        self._symbols: dict[Any, Node] = {}
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
+        """A new node, its ``meta["val"]`` computed on fake tensors."""
+        node = self._insert(target, args, kwargs)
+        fake_args, fake_kwargs = (map_aggregate(part, _fake) for part in (node.args, node.kwargs))
+        with _fake_mode(fake_args, fake_kwargs):
+            node.meta["val"] = target(*fake_args, **fake_kwargs)
+        return node
+
+    def call_with_value(self, target: Any, kwargs: dict[str, Any], value: Any) -> Node:
+        """A new node whose fake value is already known."""
+        node = self._insert(target, (), kwargs)
+        node.meta["val"] = value
+        return node
+
+    def size(self, size: Size) -> int | Node:
+        """`size` as an argument: a number, or the node that holds it."""
+        if isinstance(size, int):
+            return size
+        expression = size.node.expr
+        if expression.is_number:
+            return int(expression)
+        if expression not in self._symbols:
+            self._symbols[expression] = self._find_size(expression)
+        return self._symbols[expression]
+
+    def _insert(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
+        args, kwargs = (map_aggregate(part, lambda a: self.size(a) if isinstance(a, torch.SymInt) else a) for part in (args, kwargs))
+        node = self._graph.call_function(target, args, kwargs)
+        node.meta[EMITTED] = True
+        node.meta.update({key: self._origin.meta[key] for key in ("stack_trace", "nn_module_stack") if key in self._origin.meta})
+        return node
+
+    def _find_size(self, expression: Any) -> Node:
+        for node in self._graph.nodes:
+            value = node.meta.get("val")
+            if isinstance(value, torch.SymInt) and value.node.expr == expression:
+                return node
+        for node in self._graph.nodes:
+            value = node.meta.get("val")
+            if node.op != "placeholder" or not isinstance(value, torch.Tensor):
+                continue
+            for dim, size in enumerate(value.shape):
+                if isinstance(size, torch.SymInt) and size.node.expr == expression:
+                    return self.call(aten.sym_size.int, node, dim)
+        raise LookupError(f"no node of the graph holds the size {expression}")
+
+
+def take(emit: Emitter, source: Node, grid: Sequence[Size], tail: Sequence[tuple[int, int, int, int]]) -> Node:
+    """A view [*grid, *tail] of `source`, whose rows follow `grid` in order.
+
+    Each entry of `tail` is (length, offset, step, extent): the elements ``offset + i * step``, i < length, of a
+    dimension of `extent` elements; the extents together make up one row.
+    """
+    shape = [*grid, *(extent for *_, extent in tail)]
+    view = source
+    if list(source.meta["val"].shape) != shape:
+        view = emit.call(aten.reshape.default, source, list(map(emit.size, shape)))
+    for dim, (length, offset, step, extent) in enumerate(tail, start=len(grid)):
+        if (offset, step, length) != (0, 1, extent):
+            view = emit.call(aten.slice.Tensor, view, dim, offset, offset + step * (length - 1) + 1, step)
+    return view
+
+
+def _fake(value: Any) -> Any:
+    return value.meta["val"] if isinstance(value, Node) else value
+
+
+def _fake_mode(*values: Any) -> contextlib.AbstractContextManager[Any]:
+    for value in torch.utils._pytree.tree_leaves(values):
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
+    return contextlib.nullcontext()

@@ -1,0 +1,134 @@
+"""Facts about one graph that every stage asks for: order, liveness, and which nodes hold equal values."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Hashable, Iterable
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from fx_fusion.opset import aten
+
+
+class Facts:
+    """Computed once for a graph; read-only afterwards.
+
+    Inductor runs no common-subexpression elimination in inference, so the same lookup recurs for q, for k and in
+    every layer. `value_number` makes such nodes equal: two nodes with one number hold the same value.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.nodes: list[Node] = list(graph.nodes)
+        self.order: dict[Node, int] = {node: i for i, node in enumerate(self.nodes)}
+        self.live: frozenset[Node] = frozenset(_live(self.nodes))
+        self._number: dict[Node, int] = _value_numbers(self.nodes)
+        self._first: dict[int, Node] = {}
+        for node in self.nodes:
+            self._first.setdefault(self._number[node], node)
+
+    def value_number(self, node: Node) -> int:
+        return self._number[node]
+
+    def canonical(self, node: Node) -> Node:
+        """The first node of the graph that holds the same value."""
+        return self._first[self._number[node]]
+
+    def users(self, node: Node) -> list[Node]:
+        """Live users of `node`, in graph order."""
+        return sorted((user for user in node.users if user in self.live), key=self.order.__getitem__)
+
+    def latest_common_ancestor(self, a: Node, b: Node) -> Node | None:
+        """The last node, in graph order, that both `a` and `b` depend on (or are)."""
+        reached: dict[Node, set[Node]] = {a: {a}}
+        reached.setdefault(b, set()).add(b)
+        heap = [-self.order[node] for node in reached]
+        heapq.heapify(heap)
+        while heap:
+            node = self.nodes[-heapq.heappop(heap)]
+            sources = reached[node]
+            if len(sources) == 2 or (a is b):
+                return node
+            for parent in node.all_input_nodes:
+                if parent.op == "get_attr":
+                    continue
+                if parent not in reached:
+                    reached[parent] = set()
+                    heapq.heappush(heap, -self.order[parent])
+                reached[parent] |= sources
+        return None
+
+    def between(self, origin: Node, targets: Iterable[Node]) -> list[Node]:
+        """The nodes on a path from `origin` to one of `targets`, both ends included, in graph order.
+
+        Nodes before `origin` cannot depend on it, so the walk never leaves the neighbourhood of the layer.
+        """
+        start = self.order[origin]
+        ancestors: set[Node] = set()
+        stack = list(targets)
+        while stack:
+            node = stack.pop()
+            if node in ancestors or self.order[node] < start:
+                continue
+            ancestors.add(node)
+            stack.extend(node.all_input_nodes)
+        path: dict[Node, None] = {}
+        for node in sorted(ancestors, key=self.order.__getitem__):
+            if node is origin or any(parent in path for parent in node.all_input_nodes):
+                path[node] = None
+        return list(path)
+
+
+def _live(nodes: list[Node]) -> set[Node]:
+    live: set[Node] = set()
+    stack = [node for node in nodes if node.op == "output" or node.is_impure() or _writes_an_input(node)]
+    while stack:
+        node = stack.pop()
+        if node in live:
+            continue
+        live.add(node)
+        stack.extend(node.all_input_nodes)
+    return live
+
+
+def _writes_an_input(node: Node) -> bool:
+    return node.op == "call_function" and node.target is aten.copy_.default
+
+
+def _value_numbers(nodes: list[Node]) -> dict[Node, int]:
+    numbers: dict[Node, int] = {}
+    seen: dict[Hashable, int] = {}
+    for node in nodes:
+        key = _value_key(node, numbers)
+        numbers[node] = seen.setdefault(key, len(seen))
+    return numbers
+
+
+def _value_key(node: Node, numbers: dict[Node, int]) -> Hashable:
+    if node.op != "call_function" or not _is_pure(node):
+        return node
+    return (node.target, freeze(node.args, numbers), freeze(node.kwargs, numbers))
+
+
+def _is_pure(node: Node) -> bool:
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return callable(node.target) and getattr(node.target, "__module__", "") == "_operator"
+    return not node.target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in node.target.tags
+
+
+def freeze(value: Any, numbers: dict[Node, int]) -> Hashable:
+    """A hashable image of an argument in which nodes are replaced by their numbers.
+
+    The type takes part: in Python ``1 == 1.0 == True``, and ``0.0 == -0.0``, yet they are different arguments.
+    """
+    if isinstance(value, Node):
+        return ("node", numbers[value])
+    if isinstance(value, (list, tuple)):
+        return tuple(freeze(item, numbers) for item in value)
+    if isinstance(value, dict):
+        return tuple((key, freeze(item, numbers)) for key, item in sorted(value.items()))
+    if isinstance(value, slice):
+        return ("slice", freeze((value.start, value.stop, value.step), numbers))
+    return (type(value).__name__, repr(value))

@@ -1,0 +1,221 @@
+"""The pass: find, read and prove, check, choose a kernel, rewrite, report. Each arrow goes down."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._dynamo.utils import counters
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._logging import trace_structured
+from torch.fx import Graph, Node
+
+from fx_fusion import config as configuration
+from fx_fusion import rewrite
+from fx_fusion.config import Config
+from fx_fusion.decline import Decline, first_source_line
+from fx_fusion.dispatch import KernelUnavailable, choose, eligibility
+from fx_fusion.facts import Facts
+from fx_fusion.kernels.contract import Target
+from fx_fusion.registry import REGISTRY, Fusion
+from fx_fusion.report import REPORTS, FusionReport, LayerReport
+
+try:
+    from torch._inductor.custom_graph_pass import CustomInferenceAwareGraphPass as _Base
+except ImportError:  # torch < 2.12 tells a pass nothing about inference
+    _Base = CustomGraphPass  # type: ignore[assignment,misc]
+
+log = logging.getLogger("torch.fx_fusion")
+
+_rewrites_done = 0
+
+
+class FusionPass(_Base):
+    """An Inductor graph pass: ``torch.compile(m, options={"post_grad_custom_pre_pass": FusionPass()})``.
+
+    Args:
+        config: what to do; by default the fastest kernel that serves, as ``FX_FUSION_KERNEL`` may override.
+        before: a pass that already holds the hook; it runs first.
+    """
+
+    def __init__(self, config: Config | None = None, before: Any = None) -> None:
+        self._config = config or Config(kernel=configuration.kernel_from_environment())
+        self._before = before
+
+    def __call__(self, graph: Graph, is_inference: bool | None = None) -> None:
+        if self._before is not None:
+            _call(self._before, graph, is_inference)
+        training = not is_inference if is_inference is not None else _saves_for_backward(graph)
+        REPORTS.publish(apply(graph, self._config, training=training))
+
+    def uuid(self) -> Any:
+        """Changes with everything that the result depends on; None (no caching) while that cannot be told."""
+        before = self._before.uuid() if self._before is not None else ()
+        registered = REGISTRY.fingerprint()
+        if before is None or registered is None or configuration.fuel() is not None:
+            return None
+        return ("fx_fusion", _source_hash(), registered, repr(self._config), configuration.disabled(), before)
+
+
+def _call(graph_pass: Any, graph: Graph, is_inference: bool | None) -> None:
+    for each in graph_pass if isinstance(graph_pass, (list, tuple)) else [graph_pass]:
+        aware = _Base is not CustomGraphPass and isinstance(each, _Base)
+        each(graph, is_inference) if aware else each(graph)
+
+
+def _saves_for_backward(graph: Graph) -> bool:
+    """A training graph, as far as the graph itself shows: AOTAutograd names what it saves and what it receives."""
+    return any(node.op == "placeholder" and str(node.target).startswith("tangents") for node in graph.nodes)
+
+
+def _source_hash() -> str:
+    digest = hashlib.sha256(torch.__version__.encode())
+    root = Path(__file__).parent
+    for path in sorted(p for folder in (root, root / "patterns", root / "kernels") for p in folder.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def apply(graph: Graph, config: Config, *, training: bool = False) -> FusionReport:
+    """Apply every registered fusion to `graph`, in place.
+
+    Raises:
+        KernelUnavailable: ``config.kernel`` names a kernel that cannot serve a layer.
+        Exception: whatever a reader raised, under ``config.strict``.
+    """
+    started = time.perf_counter()
+    nodes = len(graph.nodes)
+    layers: list[LayerReport] = []
+    stores = sum(1 for node in graph.nodes if node.target is torch.ops.aten.copy_.default)
+    refusal = _refuse_graph(training)
+    rewriting = 0.0
+    if refusal is not None:
+        layers.append(_declined("graph", refusal))
+    else:
+        for fusion in REGISTRY:
+            done, spent = _apply_fusion(graph, fusion, config)
+            layers.extend(done)
+            rewriting += spent
+        if any(layer.state == "rewritten" for layer in layers):
+            rewrite.finish(graph)
+    stores = _count_stores(layers, stores)
+    total = time.perf_counter() - started
+    seconds = {"total": total, "rewriting": rewriting, "reading": total - rewriting}
+    report = FusionReport(tuple(layers), stores, nodes, config.kernel, seconds)
+    _announce(report)
+    return report
+
+
+def _refuse_graph(training: bool) -> Decline | None:
+    if configuration.disabled():
+        return Decline("graph.disabled", "FX_FUSION_DISABLE is set")
+    if training:
+        return Decline("graph.training", "the graph saves values for a backward pass; run it under torch.no_grad()")
+    return None
+
+
+def _count_stores(layers: list[LayerReport], mutated: int) -> int:
+    return 0 if any(layer.code == "store.missing" for layer in layers) else mutated
+
+
+def _apply_fusion(graph: Graph, fusion: Fusion, config: Config) -> tuple[list[LayerReport], float]:
+    facts = Facts(graph)
+    candidates, impossible = fusion.find(facts)
+    memo: dict[object, Any] = {}
+    layers: list[LayerReport] = []
+    matches: list[tuple[int, Any, str]] = []
+    for candidate in candidates:
+        layer, match = _read(facts, fusion, candidate, memo, config)
+        if layer.state == "rewritten":
+            matches.append((len(layers), match, str(layer.kernel)))
+        layers.append(layer)
+    started = time.perf_counter()
+    for position, match, kernel in matches:
+        try:
+            fusion.rewrite(graph, match, kernel)
+        except Exception as error:
+            layers[position] = _declined(fusion.name, _internal(error, config))
+    spent = time.perf_counter() - started
+    layers.extend(_declined(fusion.name, decline) for decline in impossible)
+    if not layers:
+        found = "the graph writes no KV cache in place; a cache that grows by concatenation (DynamicCache) stores nothing"
+        layers.append(_declined(fusion.name, Decline("store.missing", found)))
+    return layers, spent
+
+
+def _read(facts: Facts, fusion: Fusion, candidate: Any, memo: dict[object, Any], config: Config) -> tuple[LayerReport, Any]:
+    global _rewrites_done
+    try:
+        match = fusion.read(facts, candidate, memo)
+        words, data, error, problem = fusion.describe(match)
+        fusion.check(facts, match)
+    except Decline as decline:
+        return _declined(fusion.name, decline, candidate.anchor), None
+    except Exception as error_:
+        return _declined(fusion.name, _internal(error_, config), candidate.anchor), None
+    read = LayerReport(
+        fusion.name,
+        "recognised",
+        read=words,
+        facts=data,
+        eligible=eligibility(problem),
+        error=error,
+        node=str(candidate.anchor),
+        source=first_source_line([candidate.anchor]),
+    )
+    target = Target.parse(config.target) if config.target else Target.of(candidate.anchor.meta["val"].device)
+    try:
+        kernel = choose(config.kernel, problem, target)
+        _spend_fuel()
+    except Decline as decline:
+        return _with(read, code=decline.code, reason=decline.found), match
+    return _with(read, state="rewritten", kernel=kernel), match
+
+
+def _with(layer: LayerReport, **changes: Any) -> LayerReport:
+    from dataclasses import replace
+
+    return replace(layer, **changes)
+
+
+def _spend_fuel() -> None:
+    global _rewrites_done
+    limit = configuration.fuel()
+    if limit is not None and _rewrites_done >= limit:
+        raise Decline("graph.fuel", f"FX_FUSION_FUEL={limit} allows no further rewrite")
+    _rewrites_done += 1
+
+
+def _internal(error: Exception, config: Config) -> Decline:
+    if config.strict or isinstance(error, KernelUnavailable):
+        raise error
+    log.warning("fx_fusion: a reader raised, the layer stays unfused", exc_info=error)
+    return Decline("internal.error", f"{type(error).__name__}: {error}")
+
+
+def _declined(fusion: str, decline: Decline, anchor: Node | None = None) -> LayerReport:
+    nodes = [*decline.nodes, *([anchor] if anchor is not None else [])]
+    return LayerReport(
+        fusion,
+        "declined",
+        code=decline.code,
+        reason=decline.found,
+        node=str(nodes[0]) if nodes else None,
+        source=first_source_line(nodes),
+    )
+
+
+def _announce(report: FusionReport) -> None:
+    counters["fx_fusion"]["graphs"] += 1
+    counters["fx_fusion"]["rewritten"] += len(report.fused)
+    counters["fx_fusion"]["recognised"] += len(report.recognised)
+    for layer in report.declined:
+        counters["fx_fusion"][f"declined {layer.code}"] += 1
+    log.info("%s", report)
+    trace_structured("artifact", metadata_fn=lambda: {"name": "fx_fusion_report", "encoding": "json"}, payload_fn=report.to_json)
+
+

@@ -1,0 +1,100 @@
+"""The fused operation, ``torch.ops.fx_fusion.qk_norm_rope_cache``: schema, fake, and dispatch to a kernel.
+
+Registered with ``Library.define`` and ``impl``: a ``torch.library.custom_op`` costs several times more per call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fx_fusion.kernels import reference
+
+_LIBRARY = torch.library.Library("fx_fusion", "DEF")
+
+_SCHEMA = (
+    "qk_norm_rope_cache(Tensor q, Tensor k, Tensor v, Tensor? q_weight, Tensor? k_weight, Tensor cos, Tensor sin, "
+    "Tensor? positions, Tensor slots, Tensor? blocks, Tensor(a!) k_cache, Tensor(b!) v_cache, *, float? q_eps, "
+    "float? k_eps, bool gemma_norm, int rotary_dim, bool is_neox, int[] axes, bool skip_negative_slots, "
+    "bool return_k, str implementation) -> (Tensor, Tensor)"
+)
+
+_LIBRARY.define(_SCHEMA, tags=(torch.Tag.needs_exact_strides,))
+
+_KERNELS = {"reference": reference.qk_norm_rope_cache}
+
+
+def qk_norm_rope_cache(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    slots: Tensor,
+    blocks: Tensor | None,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    q_eps: float | None,
+    k_eps: float | None,
+    gemma_norm: bool = False,
+    rotary_dim: int,
+    is_neox: bool = True,
+    axes: Sequence[int],
+    skip_negative_slots: bool = False,
+    return_k: bool = False,
+    implementation: str = "reference",
+) -> tuple[Tensor, Tensor]:
+    """Normalise and rotate every head of q and k, and store k and v in their caches, in one call.
+
+    Tokens form a [batch, seq] grid; a flat batch of T tokens is [1, T].
+
+    Args:
+        q: [B, S, Hq, D]; any batch, token and head stride, unit lane stride (a view of a packed projection will do).
+        k, v: [B, S, Hk, D], likewise.
+        q_weight, k_weight: [D], any float dtype, or None.
+        cos, sin: rows [B or 1, S, W], or with `positions` tables [P, W]. W is rotary_dim / 2 (one angle a pair of
+            lanes) or rotary_dim (one a lane). Any strides.
+        positions: [A, B or 1, S] integer rows of the tables, A axes (1 for rope, 3 for mRoPE); negative ones count
+            from the end, as in PyTorch.
+        slots: [B or 1, S] integer. The cache row, or the offset in its block if `blocks` is given.
+        blocks: [B or 1, S] integer, or None: then sequence b writes to ``cache[b]`` (``cache[0]`` if there is one).
+        k_cache, v_cache: [N0, N1, Hk, D] views, written in place at ``[block, slot]``; any strides; converted to the
+            cache's dtype. Duplicate slots are undefined.
+        q_eps, k_eps: added to the mean square under the root; None for no norm.
+        gemma_norm: multiply by ``1 + weight`` instead of ``weight``.
+        rotary_dim: lanes that rotate, counted from lane 0; the others are copied.
+        is_neox: pairs are rotary_dim / 2 apart; else adjacent (GPT-J).
+        axes: for each pair of lanes, the row of `positions` that it takes its angle from.
+        skip_negative_slots: a negative slot stores nothing; else it counts from the end, as in PyTorch.
+        return_k: also return the rotated k, for every token.
+        implementation: which kernel runs: ``"reference"``.
+
+    Returns:
+        q rotated, [B, S, Hq, D] contiguous in q's dtype, and k rotated, [B, S, Hk, D] (empty without `return_k`).
+        Both are rounded once, from float32.
+    """
+    return torch.ops.fx_fusion.qk_norm_rope_cache(
+        q, k, v, q_weight, k_weight, cos, sin, positions, slots, blocks, k_cache, v_cache,
+        q_eps=q_eps, k_eps=k_eps, gemma_norm=gemma_norm, rotary_dim=rotary_dim, is_neox=is_neox, axes=axes,
+        skip_negative_slots=skip_negative_slots, return_k=return_k, implementation=implementation,
+    )  # fmt: skip
+
+
+def _run(*args: Tensor | None, implementation: str, **kwargs: object) -> tuple[Tensor, Tensor]:
+    if implementation not in _KERNELS:
+        raise ValueError(f"qk_norm_rope_cache: implementation must be one of {sorted(_KERNELS)}, got {implementation!r}")
+    return _KERNELS[implementation](*args, **kwargs)  # type: ignore[arg-type]
+
+
+def _fake(q: Tensor, k: Tensor, *_: Tensor | None, return_k: bool, **__: object) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape if return_k else (0,))
+
+
+_LIBRARY.impl("qk_norm_rope_cache", _run, "CompositeExplicitAutograd")
+torch.library.register_fake("fx_fusion::qk_norm_rope_cache", _fake, lib=_LIBRARY)

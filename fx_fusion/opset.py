@@ -1,0 +1,116 @@
+"""What the pass knows about ATen operations: which move values, which compute analytically, which are opaque.
+
+Three questions are asked of an operation on the path from a projection to a store:
+
+* does it only *move* values (``is_movement``), so that running it on element numbers shows where each one goes;
+* does it compute an *analytic* function (``is_analytic``), so that two regions agreeing on random input agree
+  everywhere;
+* is it a boundary (``is_opaque``): a matrix product, or an operation outside ATen.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch.fx import Node
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+#: One tensor in, the same values out, elsewhere.
+MOVEMENT = frozenset(
+    {
+        aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.permute.default, aten.t.default,
+        aten.transpose.int, aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims,
+        aten.expand.default, aten.slice.Tensor, aten.select.int, aten.clone.default, aten.alias.default,
+        aten.detach.default, aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int, aten.flip.default,
+        aten.roll.default, aten.repeat.default, operator.getitem,
+    }
+)  # fmt: skip
+
+#: The members of MOVEMENT that alias their input: a chain of them over a cache is an address, never a copy.
+VIEW = MOVEMENT - {aten.clone.default, aten.flip.default, aten.roll.default, aten.repeat.default}
+
+#: Several tensors in, their values out.
+JOIN = frozenset(
+    {
+        aten.cat.default, aten.stack.default, aten.slice_scatter.default, aten.select_scatter.default,
+        aten.copy.default,
+    }
+)  # fmt: skip
+
+#: Values picked by a mask or an index, which must not itself depend on the data.
+SELECTION = frozenset(
+    {aten.where.self, aten.index.Tensor, aten.gather.default, aten.index_select.default, aten.embedding.default}
+)
+
+CAST = frozenset({prims.convert_element_type.default, aten._to_copy.default})
+
+ARITHMETIC = frozenset(
+    {
+        aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar, aten.rsub.Scalar, aten.rsub.Tensor,
+        aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.neg.default,
+        aten.reciprocal.default, aten.square.default, aten.addcmul.default, aten.addcdiv.default,
+        aten.mean.dim, aten.sum.dim_IntList,
+    }
+)  # fmt: skip
+
+#: Analytic only where their argument stays positive; the certificate asks for a sum under them.
+ROOTS = frozenset({aten.sqrt.default, aten.rsqrt.default, aten.pow.Tensor_Scalar})
+
+REDUCTIONS = frozenset({aten.mean.dim, aten.sum.dim_IntList})
+
+_PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "linear", "convolution", "_scaled_mm", "_int_mm", "einsum"})
+
+
+def is_movement(node: Node) -> bool:
+    return node.op == "call_function" and node.target in MOVEMENT
+
+
+def is_cast(node: Node) -> bool:
+    return node.op == "call_function" and node.target in CAST
+
+
+def is_join(node: Node) -> bool:
+    return node.op == "call_function" and node.target in JOIN
+
+
+def is_selection(node: Node) -> bool:
+    return node.op == "call_function" and node.target in SELECTION
+
+
+def is_arithmetic(node: Node) -> bool:
+    return node.op == "call_function" and (node.target in ARITHMETIC or node.target in ROOTS)
+
+
+def is_analytic(node: Node) -> bool:
+    """May `node` lie on the data path of a region that is proved by sampling?"""
+    return is_movement(node) or is_cast(node) or is_join(node) or is_selection(node) or is_arithmetic(node)
+
+
+def is_opaque(node: Node) -> bool:
+    """A natural boundary: a graph input, a matrix product, or an operation outside ATen."""
+    if node.op != "call_function":
+        return True
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return node.target is not operator.getitem and not is_symbolic(node)
+    if node.target.namespace not in ("aten", "prims"):
+        return True
+    name = node.target._schema.name.split("::")[1]
+    return name in _PRODUCTS or "scaled_dot_product" in name
+
+
+def is_symbolic(node: Node) -> bool:
+    """Does `node` hold a number (a size) rather than a tensor?"""
+    return isinstance(node.meta.get("val"), (int, float, torch.SymInt, torch.SymFloat, torch.SymBool))
+
+
+def is_float_tensor(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def is_int_tensor(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and not value.is_floating_point() and value.dtype != torch.bool

@@ -1,0 +1,102 @@
+"""A branch as a function: put data and operands in, read the result, in float64 or in native dtypes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from fx_fusion import opset
+from fx_fusion.decline import Decline
+from fx_fusion.evaluate import Arithmetic, evaluate
+from fx_fusion.region import Branch, strip
+from fx_fusion.sizes import Sizes
+
+#: Two float64 evaluations of the same analytic function differ by less, relative to the largest value.
+TOLERANCE = 1e-9
+
+
+@dataclass(frozen=True)
+class Probe:
+    """`branch` at `sizes`, as a function of its data and of `leaves`, the tensors that feed it from outside."""
+
+    branch: Branch
+    leaves: tuple[Node, ...]
+    sizes: Sizes
+
+    @property
+    def data_shape(self) -> tuple[int, ...]:
+        return self.sizes.shape(self.branch.data.meta["val"])
+
+    @property
+    def columns(self) -> int:
+        """Width of the projection's output."""
+        return self.data_shape[-1]
+
+    @property
+    def tokens(self) -> int:
+        return torch.Size(self.data_shape[:-1]).numel()
+
+    def leaf_shape(self, leaf: Node) -> tuple[int, ...]:
+        return self.sizes.shape(leaf.meta["val"])
+
+    def random_leaves(self, generator: torch.Generator) -> dict[Node, torch.Tensor]:
+        """Distinct values in [0.5, 1.5) for every leaf: no zero, no symmetry, nothing that cancels."""
+        return {leaf: torch.rand(self.leaf_shape(leaf), generator=generator, dtype=torch.float64) + 0.5 for leaf in self.leaves}
+
+    def run(
+        self,
+        data: torch.Tensor,
+        leaves: Mapping[Node, torch.Tensor],
+        arithmetic: Arithmetic = Arithmetic.FLOAT64,
+    ) -> torch.Tensor:
+        """The branch's result for `data` of shape [tokens, columns], which may be narrower than its own shape."""
+        inputs = {**leaves, self.branch.data: data.reshape(self.data_shape)}
+        return evaluate([self.branch.out], inputs, self.sizes, arithmetic)[0]
+
+
+def find_leaves(branch: Branch, *, roots: bool) -> tuple[Node, ...]:
+    """The float tensors that feed `branch` from outside, in order of use.
+
+    With `roots`, views, negations and widenings outside the branch are looked through, so that the cosine that q sees
+    unsqueezed one way and k another is one leaf. Constants that the graph computes from literals alone are no leaves.
+
+    Raises:
+        Decline: ``norm.eps_is_input`` for a scalar leaf, ``proof.not_analytic`` for an index or a mask that depends on
+            a graph input.
+    """
+    leaves: dict[Node, None] = {}
+    for node in branch.frontier:
+        if opset.is_symbolic(node) or _is_constant(node):
+            continue
+        if not opset.is_float_tensor(node):
+            found = f"{node} selects values on the data path and depends on a graph input"
+            raise Decline("proof.not_analytic", found, [node])
+        if node.meta["val"].dim() == 0:
+            raise Decline("norm.eps_is_input", f"the scalar {node} is a graph input; expected a literal", [node])
+        leaves[strip(node) if roots else node] = None
+    return tuple(leaves)
+
+
+def _is_constant(node: Node) -> bool:
+    stack: Sequence[Node] = [node]
+    seen: set[Node] = set()
+    while stack:
+        top, *stack = stack
+        if opset.is_symbolic(top) or top in seen:
+            continue
+        if top.op != "call_function" or opset.is_opaque(top) or len(seen) > 64:
+            return False
+        seen.add(top)
+        stack = [*stack, *top.all_input_nodes]
+    return True
+
+
+def relative_difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference relative to the largest expected value; NaN or infinity anywhere counts as infinite."""
+    if actual.numel() == 0:
+        return 0.0
+    difference = (actual.double() - expected.double()).abs().max() / expected.double().abs().max().clamp_min(1e-300)
+    return float(difference) if bool(torch.isfinite(difference)) else float("inf")

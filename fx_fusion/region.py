@@ -1,0 +1,312 @@
+"""Where could a fusion be? Structure only finds candidates here; what they compute is measured later.
+
+Words used throughout:
+
+* a *store* writes a value into a cache that is a graph input;
+* *data* is the value a branch starts from: the projection's output, after bias, dequantisation or LoRA;
+* a *branch* is everything on a path from data to one value (the rotated query, the rotated key);
+* the *frontier* is what feeds a branch without depending on its data: weights, cosine and sine, constants.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import networkx as nx
+import torch
+from torch.fx import Node
+
+from fx_fusion import opset
+from fx_fusion.decline import Decline
+from fx_fusion.facts import Facts, freeze
+from fx_fusion.opset import aten
+
+
+@dataclass(frozen=True)
+class Store:
+    """``writer`` puts ``value`` into ``view``, a view of the graph input ``cache``, which is then updated in place."""
+
+    cache: Node
+    view: Node
+    writer: Node
+    value: Node
+
+
+@dataclass(frozen=True)
+class Branch:
+    """The computation from ``data`` to ``out``: ``nodes`` depend on data (``data`` itself excluded), in graph order."""
+
+    data: Node
+    out: Node
+    nodes: tuple[Node, ...]
+    frontier: tuple[Node, ...]
+
+
+WRITERS = frozenset({aten.index_put.default})
+
+
+def find_stores(facts: Facts) -> tuple[list[Store], list[Decline]]:
+    """Every in-place cache store of the graph, and a decline for each floating-point input mutated some other way."""
+    stores: list[Store] = []
+    declined: list[Decline] = []
+    for node in facts.nodes:
+        if node.op != "call_function" or node.target is not aten.copy_.default:
+            continue
+        cache, final = _node(node.args[0]), _node(node.args[1])
+        if not opset.is_float_tensor(cache):
+            continue
+        writer = _strip_aliases(final)
+        base = _strip_aliases(writer.args[0]) if writer.target in WRITERS else None
+        if base is cache:
+            stores.append(Store(cache, _node(writer.args[0]), writer, _node(writer.args[2])))
+            continue
+        found = f"the input {cache} is mutated by {writer.target}, not by an index_put into a view of it"
+        declined.append(Decline("store.unknown_writer", found, [writer]))
+    return stores, declined
+
+
+def pair_stores(facts: Facts, stores: Sequence[Store]) -> tuple[list[tuple[Store, Store, Node]], list[Store]]:
+    """Stores of one layer, with the value they both come from; and the stores left over.
+
+    All stores walk towards the inputs together, latest node first. The hidden state of a layer depends on everything
+    before it, so the stores of a later layer meet, and leave the walk, before those of an earlier layer do.
+    """
+    carried: dict[Node, dict[int, None]] = {}
+    heap: list[int] = []
+
+    def visit(node: Node, tags: Iterable[int]) -> None:
+        if node not in carried:
+            carried[node] = {}
+            heapq.heappush(heap, -facts.order[node])
+        carried[node].update(dict.fromkeys(tags))
+
+    for i, store in enumerate(stores):
+        visit(store.value, [i])
+    pairs: list[tuple[Store, Store, Node]] = []
+    met: set[int] = set()
+    while heap:
+        node = facts.nodes[-heapq.heappop(heap)]
+        tags = [tag for tag in carried.pop(node) if tag not in met]
+        if len(tags) == 2:
+            a, b = sorted(tags)
+            pairs.append((stores[a], stores[b], node))
+            met.update(tags)
+            continue
+        for parent in node.all_input_nodes if tags else ():
+            visit(parent, tags)
+    pairs.reverse()
+    return pairs, [store for i, store in enumerate(stores) if i not in met]
+
+
+def branch_between(facts: Facts, data: Node, out: Node) -> Branch:
+    nodes = tuple(node for node in facts.between(data, [out]) if node is not data)
+    inside = {data, *nodes}
+    frontier = dict.fromkeys(p for node in nodes for p in node.all_input_nodes if p not in inside)
+    return Branch(data, out, nodes, tuple(frontier))
+
+
+def data_cuts(facts: Facts, origin: Node, out: Node) -> tuple[list[Node], Node | None]:
+    """Where the data of the branch to `out` may begin, the earliest first, and the step that rules out earlier ones.
+
+    Candidates are the values that every path from `origin` to `out` passes through and after which only analytic
+    steps follow. Values that merely move an earlier candidate are left out: they start the same function.
+    """
+    path = facts.between(origin, [out])
+    inside = set(path)
+    flow = nx.DiGraph((parent, node) for node in path for parent in node.all_input_nodes if parent in inside)
+    flow.add_node(origin)
+    idom: dict[Node, Node] = nx.immediate_dominators(flow, origin)
+    chain = [out]
+    while chain[-1] is not origin:
+        chain.append(idom[chain[-1]])
+    cuts: list[Node] = []
+    for after, data in zip(chain, chain[1:], strict=False):
+        step = range(facts.order[data] + 1, facts.order[after] + 1)
+        blocker = next((node for node in path if facts.order[node] in step and not opset.is_analytic(node)), None)
+        if blocker is not None:
+            break
+        cuts.append(data)
+    else:
+        blocker = None
+    if not cuts:
+        found = f"{blocker} ({blocker.target}) is the last step before {out}" if blocker else f"{out} has no input"
+        raise Decline("proof.not_analytic", found, [blocker or out])
+    starts = [data for data in reversed(cuts) if not opset.is_movement(data)]
+    if cuts[-1] not in starts:
+        starts.insert(0, cuts[-1])
+    return starts, None if blocker is None or opset.is_opaque(blocker) else blocker
+
+
+def strip(node: Node) -> Node:
+    """The value that `node` is a view, a negation or a widened copy of."""
+    while opset.is_movement(node) or node.target is aten.neg.default or _widens(node):
+        node = _node(node.args[0])
+    return node
+
+
+def strip_views(node: Any) -> Node:
+    while opset.is_movement(node):
+        node = node.args[0]
+    return _node(node)
+
+
+def strip_views_and_casts(node: Node) -> Node:
+    while opset.is_movement(node) or opset.is_cast(node):
+        node = _node(node.args[0])
+    return node
+
+
+def _widens(node: Node) -> bool:
+    if not opset.is_cast(node):
+        return False
+    source, target = _node(node.args[0]).meta["val"].dtype, node.meta["val"].dtype
+    return source.is_floating_point and torch.promote_types(source, target) == target
+
+
+def _strip_aliases(node: Any) -> Node:
+    while node.op == "call_function" and node.target in opset.VIEW:
+        node = node.args[0]
+    return node
+
+
+def _node(value: Any) -> Node:
+    assert isinstance(value, Node), value
+    return value
+
+
+class Rotations:
+    """Which nodes combine data with which angles: the key's angles lead to the query."""
+
+    def __init__(self, facts: Facts) -> None:
+        self._facts = facts
+        self._sites: dict[int, list[Node]] = {}
+        for node in facts.nodes:
+            if node not in facts.live or not opset.is_arithmetic(node):
+                continue
+            for parent in node.all_input_nodes:
+                if opset.is_float_tensor(parent):
+                    root = facts.value_number(strip(parent))
+                    self._sites.setdefault(root, []).append(node)
+
+    def find_query(self, key: Branch, value: Node) -> tuple[list[Node], Node]:
+        """Candidates for the rotated query, the latest first, and the value that it and `value` both come from."""
+        facts = self._facts
+        inside = {key.data, *key.nodes}
+        angles = {facts.value_number(strip(node)) for node in key.frontier if _is_wide(node)}
+        sites = {site for root in angles for site in self._sites.get(root, ()) if site not in inside}
+        position = facts.order[key.out]
+        near = sorted(sites, key=lambda site: abs(facts.order[site] - position))[:8]
+        origins: dict[Node, Node] = {}
+        for site in near:
+            origin = facts.latest_common_ancestor(site, value)
+            if origin is not None and not _depends(facts, site, key.out):
+                origins[site] = origin
+        if not origins:
+            raise Decline("rope.query_missing", f"no other value is rotated by the angles that rotate {key.out}", [key.out])
+        origin = max(origins.values(), key=facts.order.__getitem__)
+        starts = [site for site, its_origin in origins.items() if its_origin is origin]
+        return self._exits(starts), origin
+
+    def _exits(self, starts: Sequence[Node]) -> list[Node]:
+        """The values through which everything that leaves the computation after `starts` must pass."""
+        facts = self._facts
+        forward: dict[Node, None] = dict.fromkeys(starts)
+        exit_node = object()
+        flow = nx.DiGraph()
+        stack = list(starts)
+        while stack:
+            node = stack.pop()
+            for user in facts.users(node):
+                if not opset.is_analytic(user):
+                    flow.add_edge(exit_node, node)
+                    continue
+                flow.add_edge(user, node)
+                if user not in forward:
+                    forward[user] = None
+                    stack.append(user)
+        if exit_node not in flow:
+            raise Decline("rope.query_missing", f"{starts[0]} is rotated like the key but never used", starts)
+        idom: dict[Any, Any] = nx.immediate_dominators(flow, exit_node)
+        common: list[Node] | None = None
+        for start in starts:
+            chain: list[Node] = []
+            node: Any = start
+            while node is not exit_node:
+                chain.append(node)
+                node = idom[node]
+            common = chain if common is None else [node for node in common if node in chain]
+        candidates = [node for node in reversed(common or []) if not opset.is_movement(node)]
+        if not candidates:
+            raise Decline("rope.query_escapes", f"{starts[0]} reaches its consumers in several pieces", starts)
+        return candidates
+
+
+def _is_wide(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() > 0
+
+
+def _depends(facts: Facts, node: Node, on: Node) -> bool:
+    return node in facts.between(on, [node])
+
+
+def tell_key_from_value(facts: Facts, a: Store, b: Store, origin: Node) -> tuple[Store, Store]:
+    """The key is rotated: more tensors besides the data feed it. Raises Decline if neither or both could be."""
+    wide_a, wide_b = (_angles_after_projection(facts, origin, store.value) for store in (a, b))
+    if wide_a == wide_b:
+        found = (
+            f"{a.value} and {b.value} are both fed by {wide_a} tensors besides their data; expected a rotated key and a "
+            "copied value"
+        )
+        raise Decline("rope.missing" if wide_a == 0 else "split.v_not_copied", found, [a.value, b.value])
+    return (a, b) if wide_a > wide_b else (b, a)
+
+
+def _angles_after_projection(facts: Facts, origin: Node, out: Node) -> int:
+    path = facts.between(origin, [out])
+    inside = set(path)
+    tail = {out}
+    for node in reversed(path):
+        if node in tail and opset.is_analytic(node):
+            tail.update(parent for parent in node.all_input_nodes if parent in inside)
+    body = [node for node in path if node in tail and opset.is_analytic(node) and node is not origin]
+    return len({parent for node in body for parent in node.all_input_nodes if parent not in inside and _is_wide(parent)})
+
+
+def branch_key(facts: Facts, branch: Branch, leaves: Sequence[Node]) -> tuple[Any, ...]:
+    """Equal for branches that compute the same function of the same leaves: same ops, literals, shapes, strides.
+
+    Nodes are numbered in order of use, so names do not matter, and which operands are one node does.
+    """
+    local: dict[Node, int] = {}
+    described: list[Any] = []
+    for leaf in (branch.data, *leaves):
+        local[leaf] = len(local)
+        described.append(_describe(leaf))
+
+    def visit(node: Node) -> None:
+        stack = [node]
+        while stack:
+            top = stack[-1]
+            missing = [] if opset.is_symbolic(top) else [p for p in top.all_input_nodes if p not in local]
+            if top in local or not missing:
+                stack.pop()
+                if top not in local:
+                    step = () if opset.is_symbolic(top) else (freeze(top.args, local), freeze(top.kwargs, local))
+                    described.append((str(top.target), *step, _describe(top)))
+                    local[top] = len(local)
+                continue
+            stack.extend(missing)
+
+    visit(branch.out)
+    return tuple(described)
+
+
+def _describe(node: Node) -> tuple[str, ...]:
+    value = node.meta.get("val")
+    if isinstance(value, torch.Tensor):
+        return (str(value.dtype), str(tuple(value.shape)), str(value.stride()))
+    return (str(value),)

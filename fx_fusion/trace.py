@@ -1,0 +1,117 @@
+"""The post-grad graph without compiling: for ``explain``, for tests, and for ``fx_fusion.inner=eager``.
+
+Inductor's own pipeline runs up to the point where its custom pass is called (AOTAutograd, decompositions, joint-graph
+passes), so the graph is the one that the pass sees.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
+from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
+
+from fx_fusion.config import Config
+from fx_fusion.fusion_pass import FusionPass
+from fx_fusion.report import REPORTS, FusionReport
+
+
+def compile_eager(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> Callable[..., Any]:
+    """Rewrite the graph and run it node by node, uncompiled."""
+    from torch._inductor.compile_fx import compile_fx
+
+    def run_pass(graph_module: GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
+        _as_post_grad(graph_module, FusionPass(config), is_inference=bool(kwargs.get("is_inference", False)))
+        return _boxed(graph_module)
+
+    patches = {"fx_graph_cache": False, "force_disable_caches": True}
+    return compile_fx(gm, list(example_inputs), inner_compile=run_pass, config_patches=patches)
+
+
+def _as_post_grad(gm: GraphModule, graph_pass: FusionPass, *, is_inference: bool) -> None:
+    """What Inductor does to the graph before it calls a custom pass, and the pass."""
+    from torch._inductor.fx_passes.post_grad import view_to_reshape
+
+    view_to_reshape(gm)
+    graph_pass(gm.graph, is_inference)
+    gm.recompile()
+
+
+def _boxed(gm: GraphModule) -> Callable[[list[Any]], Any]:
+    def call(inputs: list[Any]) -> Any:
+        arguments = list(inputs)
+        inputs.clear()
+        return gm(*arguments)
+
+    call._boxed_call = True  # type: ignore[attr-defined]
+    return call
+
+
+def explain(fn: Callable[..., Any], *args: Any, target: str | None = None, **kwargs: Any) -> FusionReport:
+    """What fx_fusion would do with ``fn(*args, **kwargs)``: traced on fake tensors, nothing is computed or allocated.
+
+    A model on the meta device will do: a 235B model is explained on a laptop. The model, the arguments and any cache
+    among them are left untouched.
+
+    Args:
+        fn: a module or a function, as one would give it to ``torch.compile``.
+        target: check kernel contracts for this place (``"gfx942"``, ``"cuda"``, …). The tensors are traced on the CPU,
+            so the attention operator may differ from the one that the target would get.
+
+    Returns:
+        The report; of several graphs (graph breaks), all layers in order.
+
+    Raises:
+        ValueError: `target` is unknown.
+    """
+    config = Config(target=target)
+    reports: list[FusionReport] = []
+
+    def backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        before = REPORTS.snapshot()
+        compiled = compile_eager(gm, example_inputs, config)
+        reports.extend(REPORTS.since(before))
+        return compiled
+
+    with _fake() as mode, torch.no_grad():
+        fake_fn, fake_args, fake_kwargs = _fakes(mode, (fn, args, kwargs))
+        fake_fn(*fake_args, **fake_kwargs)  # a lazily allocated cache allocates itself here, not inside the graph
+        torch._dynamo.reset()
+        try:
+            torch.compile(fake_fn, backend=backend)(*fake_args, **fake_kwargs)
+        finally:
+            torch._dynamo.reset()
+    return merge(reports)
+
+
+def merge(reports: Sequence[FusionReport]) -> FusionReport:
+    """One report of several graphs; what is said of graphs without a store only counts if no graph has one."""
+    with_store = [report for report in reports if report.stores] or list(reports)
+    names = dict.fromkeys(name for report in with_store for name in report.seconds)
+    return FusionReport(
+        tuple(layer for report in with_store for layer in report.layers),
+        stores=sum(report.stores for report in with_store),
+        nodes=sum(report.nodes for report in with_store),
+        kernel=with_store[0].kernel if with_store else "auto",
+        seconds={name: sum(report.seconds.get(name, 0.0) for report in with_store) for name in names},
+    )
+
+
+@contextlib.contextmanager
+def _fake() -> Iterator[FakeTensorMode]:
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True) as mode:
+        yield mode
+
+
+def _fakes(mode: FakeTensorMode, value: Any) -> Any:
+    """A deep copy in which every tensor is a fake one on the CPU."""
+    with FakeCopyMode(mode):
+        copied = copy.deepcopy(value)
+    return pytree.tree_map(lambda leaf: leaf, copied)

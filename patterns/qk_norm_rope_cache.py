@@ -1,0 +1,302 @@
+"""split → rmsnorm → mrope → cache-store, in one call.
+
+Before, for every layer::
+
+    q, k, v = split(projection)                    # or three projections
+    q, k = rope(rms_norm(q), cos, sin), rope(rms_norm(k), cos, sin)
+    k_cache[slots] = k
+    v_cache[slots] = v
+
+After::
+
+    q, k = fx_fusion.qk_norm_rope_cache(q, k, v, …, cos, sin, slots, k_cache, v_cache)   # views, no copy
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from fx_fusion import opset
+from fx_fusion.certificate import certify_copy
+from fx_fusion.decline import Decline
+from fx_fusion.facts import Facts
+from fx_fusion.patterns.cache_store import Addresses, moved_elements, read_addresses
+from fx_fusion.patterns.cos_sin_table import Lookup, trace_lookup
+from fx_fusion.patterns.mrope import Rope
+from fx_fusion.patterns.rotated_heads import RotatedHeads, read_rotated_heads
+from fx_fusion.patterns.split import Heads, expected_columns, read_heads
+from fx_fusion.probe import find_leaves
+from fx_fusion.region import (
+    Branch,
+    Rotations,
+    Store,
+    branch_between,
+    branch_key,
+    data_cuts,
+    find_stores,
+    pair_stores,
+    strip_views,
+    strip_views_and_casts,
+    tell_key_from_value,
+)
+from fx_fusion.sizes import Sizes, admissible_sizes
+
+#: Where the data of a branch may begin is tried at this many places, the earliest first.
+_CUTS = 4
+
+Memo = dict[object, "tuple[RotatedHeads, tuple[Node, ...]] | Decline"]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Two stores whose values come from `origin`: perhaps the key and the value of one layer."""
+
+    stores: tuple[Store, Store]
+    origin: Node
+
+    @property
+    def anchor(self) -> Node:
+        return self.stores[0].writer
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a store puts where: heads of `data`, at `addresses`."""
+
+    store: Store
+    data: Node
+    heads: Heads
+    addresses: Addresses
+
+
+@dataclass(frozen=True)
+class Match:
+    """Everything that the call needs, read off and proved. Nodes are values of the graph, none is a result of it."""
+
+    query: Branch
+    query_heads: RotatedHeads
+    key: Branch
+    key_heads: RotatedHeads
+    rope: Rope
+    lookup: Lookup | None
+    key_store: Stored
+    value_store: Stored
+    grid: tuple[int | torch.SymInt, int | torch.SymInt]
+    return_k: bool
+    error: float
+
+    @property
+    def operands(self) -> list[Node]:
+        """The values that the call reads."""
+        weights = [h.norm.weight for h in (self.query_heads, self.key_heads)]
+        angles = (self.lookup.cos.table, self.lookup.sin.table, self.lookup.positions) if self.lookup else (self.rope.cos.leaf, self.rope.sin.leaf)
+        addresses = self.key_store.addresses
+        indices = (addresses.slots, addresses.blocks)
+        nodes = [self.query.data, self.key.data, self.value_store.data, *weights, *angles, *(i and i.node for i in indices)]
+        return list(dict.fromkeys(node for node in nodes if node is not None))
+
+    @property
+    def results(self) -> list[Node]:
+        """The values that the call replaces."""
+        rotated_k = [self.key.out] if self.return_k else []
+        return [self.query.out, *rotated_k, self.key_store.store.writer, self.value_store.store.writer]
+
+
+def find(facts: Facts) -> tuple[list[Candidate], list[Decline]]:
+    """Candidates in graph order, and what can be no candidate."""
+    stores, declined = find_stores(facts)
+    pairs, single = pair_stores(facts, stores)
+    for store in single:
+        found = f"{store.writer} stores into {store.cache}, and no other store has its value from the same projection"
+        declined.append(Decline("store.unpaired", found, [store.writer]))
+    return [Candidate((a, b), origin) for a, b, origin in pairs], declined
+
+
+def read(facts: Facts, candidate: Candidate, memo: Memo) -> Match:
+    """Read and prove one candidate. Raises Decline with the reason why not."""
+    key_store, value_store = tell_key_from_value(facts, *candidate.stores, candidate.origin)
+    key, key_heads = _read_key(facts, key_store, candidate.origin, memo)
+    query, query_heads = _read_query(facts, key, value_store, memo)
+    rope = _same_rotation(facts, query_heads, key_heads)
+    sizes = _sizes(query, key)[0]
+    tokens = _tokens(key, sizes)
+    grid = key_heads.grid(sizes.shape(key.out.meta["val"]), tokens)
+    if grid != query_heads.grid(sizes.shape(query.out.meta["val"]), _tokens(query, sizes)):
+        raise Decline("split.layout", "query and key hold their tokens in different grids", [query.out, key.out])
+    stored_key = _stored_key(facts, key_store, key, key_heads, sizes, grid)
+    stored_value = _stored_value(facts, value_store, key_heads.heads, sizes, grid)
+    _same_slots(stored_key, stored_value)
+    return Match(
+        query=query,
+        query_heads=query_heads,
+        key=key,
+        key_heads=key_heads,
+        rope=rope,
+        lookup=trace_lookup(facts, rope, sizes, grid),
+        key_store=stored_key,
+        value_store=stored_value,
+        grid=_symbolic_grid(key, key_heads),
+        return_k=_used_fresh(facts, key.out, key_store),
+        error=max(query_heads.error, key_heads.error),
+    )
+
+
+def _read_key(facts: Facts, store: Store, origin: Node, memo: Memo) -> tuple[Branch, RotatedHeads]:
+    """The rotated key: what is stored, before it is moved, and converted to the cache's dtype, for the store."""
+    last = strip_views(store.value)
+    outs = [last]
+    if opset.is_cast(last):
+        outs.append(strip_views(last.args[0]))
+    return _furthest(_attempts(facts, origin, outs, memo))
+
+
+def _read_query(facts: Facts, key: Branch, value_store: Store, memo: Memo) -> tuple[Branch, RotatedHeads]:
+    outs, origin = Rotations(facts).find_query(key, value_store.value)
+    return _furthest(_attempts(facts, origin, outs, memo))
+
+
+Attempt = tuple[Branch, RotatedHeads] | Decline
+
+
+def _attempts(facts: Facts, origin: Node, outs: Sequence[Node], memo: Memo) -> Iterator[Attempt]:
+    for out in outs:
+        try:
+            cuts, blocker = data_cuts(facts, origin, out)
+        except Decline as decline:
+            yield decline
+            continue
+        for data in cuts[:_CUTS]:
+            yield _attempt(facts, branch_between(facts, data, out), blocker, memo)
+
+
+def _attempt(facts: Facts, branch: Branch, blocker: Node | None, memo: Memo) -> Attempt:
+    try:
+        heads = _memoised(facts, branch, memo)
+        if blocker is not None and heads.norm.eps is None:
+            found = f"{blocker} ({blocker.target}) stands between the projection and the rotation"
+            raise Decline("proof.not_analytic", found, [blocker])
+        _check_escapes(facts, branch)
+    except Decline as decline:
+        return decline
+    return branch, heads
+
+
+def _furthest(attempts: Iterator[Attempt]) -> tuple[Branch, RotatedHeads]:
+    furthest: Decline | None = None
+    for attempt in attempts:
+        if not isinstance(attempt, Decline):
+            return attempt
+        furthest = attempt if furthest is None or attempt.stage > furthest.stage else furthest
+    assert furthest is not None
+    raise furthest
+
+
+def _memoised(facts: Facts, branch: Branch, memo: Memo) -> RotatedHeads:
+    """Equal branches are measured once: the key holds all that reading and proof depend on."""
+    leaves = tuple(dict.fromkeys((*find_leaves(branch, roots=True), *find_leaves(branch, roots=False))))
+    key = branch_key(facts, branch, leaves)
+    if key not in memo:
+        try:
+            memo[key] = (read_rotated_heads(branch, _sizes(branch)), leaves)
+        except Decline as decline:
+            memo[key] = decline
+    known = memo[key]
+    if isinstance(known, Decline):
+        raise Decline(known.code, known.found, [branch.out] if known.nodes and known.nodes[0] not in branch.nodes else known.nodes)
+    heads, its_leaves = known
+    return heads.on(dict(zip(its_leaves, leaves, strict=True)))
+
+
+def _sizes(*branches: Branch) -> list[Sizes]:
+    return admissible_sizes(node for b in branches for node in (b.data, *b.nodes, *b.frontier))
+
+
+def _tokens(branch: Branch, sizes: Sizes) -> int:
+    return torch.Size(sizes.shape(branch.data.meta["val"])[:-1]).numel()
+
+
+def _check_escapes(facts: Facts, branch: Branch) -> None:
+    """A value that only the rewritten computation made must not be needed elsewhere."""
+    inside = set(branch.nodes)
+    for node in branch.nodes:
+        if node is branch.out or strip_views_and_casts(node) is branch.data:
+            continue
+        outside = [user for user in facts.users(node) if user not in inside]
+        if outside:
+            found = f"{node} lies between the projection and {branch.out}, and {outside[0]} uses it too"
+            raise Decline("region.escapes", found, [node, outside[0]])
+
+
+def _same_rotation(facts: Facts, query: RotatedHeads, key: RotatedHeads) -> Rope:
+    """The key's rotation, its leaves replaced by the first nodes that hold their values."""
+    ropes = [heads.rope for heads in (query, key)]
+    seen = [
+        (
+            rope.rotary_dim,
+            rope.is_neox,
+            *((facts.value_number(a.leaf), a.width, a.offset, a.step, a.count, a.per_batch) for a in (rope.cos, rope.sin)),
+        )
+        for rope in ropes
+    ]
+    if seen[0] != seen[1]:
+        raise Decline("rope.differs", f"the query's rotation is {ropes[0]}, the key's {ropes[1]}", [ropes[0].cos.leaf])
+    if query.heads.head_dim != key.heads.head_dim:
+        found = f"query heads have {query.heads.head_dim} lanes, key heads {key.heads.head_dim}"
+        raise Decline("split.heads", found, [ropes[0].cos.leaf])
+    if query.norm.weight and key.norm.weight and query.norm.gemma != key.norm.gemma:
+        raise Decline("norm.differs", "one of query and key is multiplied by weight, the other by 1 + weight", [key.norm.weight])
+    return ropes[1]
+
+
+def _stored_key(facts: Facts, store: Store, key: Branch, heads: RotatedHeads, sizes: Sizes, grid: tuple[int, int]) -> Stored:
+    shape = sizes.shape(key.out.meta["val"])
+    tail = facts.between(key.out, [store.value])[1:]
+    certify_copy(tail, key.out.meta["val"].dtype, store.cache.meta["val"].dtype)
+    layout = heads.heads
+    numbers = torch.arange(torch.Size(shape).numel()).reshape(*grid, layout.num_heads, layout.head_dim)
+    elements = moved_elements(store.value, key.out, heads.arrange(numbers).reshape(shape), sizes)
+    return Stored(store, key.data, layout, read_addresses(facts, store, elements, layout, sizes, grid))
+
+
+def _stored_value(facts: Facts, store: Store, key: Heads, sizes: Sizes, grid: tuple[int, int]) -> Stored:
+    data = strip_views_and_casts(store.value)
+    certify_copy(facts.between(data, [store.value])[1:], data.meta["val"].dtype, store.cache.meta["val"].dtype)
+    shape = sizes.shape(data.meta["val"])
+    numbers = torch.arange(torch.Size(shape).numel()).reshape(shape)
+    moved = moved_elements(store.value, data, numbers, sizes)
+    columns = (moved % shape[-1]).unique()
+    heads = read_heads(columns, key.head_dim, data)
+    if heads.num_heads != key.num_heads:
+        found = f"{heads.num_heads} heads of values are stored with {key.num_heads} heads of keys"
+        raise Decline("split.v_not_copied", found, [store.value])
+    lane = torch.zeros(shape[-1], dtype=torch.long)
+    lane[expected_columns(heads).reshape(-1)] = torch.arange(heads.num_heads * heads.head_dim)
+    elements = moved // shape[-1] * len(columns) + lane[moved % shape[-1]]
+    return Stored(store, data, heads, read_addresses(facts, store, elements, heads, sizes, grid))
+
+
+def _same_slots(key: Stored, value: Stored) -> None:
+    a, b = key.addresses, value.addresses
+    if (a.slots, a.blocks) != (b.slots, b.blocks) or a.size != b.size:
+        found = f"the key is stored at {a.slots.node} of {list(a.size)}, the value at {b.slots.node} of {list(b.size)}"
+        raise Decline("store.slots_differ", found, [key.store.writer, value.store.writer])
+
+
+def _symbolic_grid(key: Branch, heads: RotatedHeads) -> tuple[int | torch.SymInt, int | torch.SymInt]:
+    if heads.token_dims:
+        shape = key.out.meta["val"].shape
+        return shape[heads.token_dims[0]], shape[heads.token_dims[1]]
+    tokens = 1
+    for size in key.data.meta["val"].shape[:-1]:
+        tokens = tokens * size
+    return 1, tokens
+
+
+def _used_fresh(facts: Facts, out: Node, store: Store) -> bool:
+    """Is the rotated key used by anything but its store (prefill attention, an output)?"""
+    tail = {*facts.between(out, [store.value]), store.writer}
+    return any(user not in tail for node in tail - {store.writer} for user in facts.users(node))

@@ -1,0 +1,156 @@
+"""One branch read and proved: heads of a projection, normalised and rotated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch.fx import Node
+
+from fx_fusion.certificate import certify
+from fx_fusion.decline import Decline
+from fx_fusion.kernels import reference
+from fx_fusion.patterns.mrope import Lanes, Rope, read_couplings, read_rope
+from fx_fusion.patterns.rms_norm import Norm, is_normalised, read_eps, read_owners, read_weight
+from fx_fusion.patterns.split import Heads, read_columns, read_heads, take_heads
+from fx_fusion.probe import Probe, find_leaves
+from fx_fusion.proof import prove
+from fx_fusion.region import Branch
+from fx_fusion.sizes import Sizes
+
+
+@dataclass(frozen=True)
+class RotatedHeads:
+    """What a branch computes, and how its result is laid out.
+
+    ``token_dims`` are the dimensions of the result that hold (batch, seq): () means one flat dimension of tokens.
+    The result's elements, flattened, run over (batch, seq, head, lane), or over (batch, head, seq, lane) if
+    ``heads_first``.
+    """
+
+    heads: Heads
+    norm: Norm
+    rope: Rope
+    token_dims: tuple[int, ...]
+    heads_first: bool
+    error: float
+
+    def on(self, leaves: Mapping[Node, Node]) -> RotatedHeads:
+        """The same reading for an equal branch with other leaves."""
+        weight = self.norm.weight
+        cos, sin = self.rope.cos, self.rope.sin
+        return replace(
+            self,
+            norm=replace(self.norm, weight=weight and leaves[weight]),
+            rope=replace(self.rope, cos=replace(cos, leaf=leaves[cos.leaf]), sin=replace(sin, leaf=leaves[sin.leaf])),
+        )
+
+    def grid(self, out_shape: Sequence[int], tokens: int) -> tuple[int, int]:
+        return (out_shape[self.token_dims[0]], out_shape[self.token_dims[1]]) if self.token_dims else (1, tokens)
+
+    def arrange(self, heads: torch.Tensor) -> torch.Tensor:
+        """[B, S, H, D] in the order of the result's elements."""
+        return heads.transpose(1, 2) if self.heads_first else heads
+
+
+def read_rotated_heads(branch: Branch, sizes: Sequence[Sizes]) -> RotatedHeads:
+    """Read at the first of `sizes`, prove at all of them.
+
+    The frontier is read in two ways: through views, negations and widenings to what they are made from, and as is.
+
+    Raises:
+        Decline: of the attempt that got furthest.
+    """
+    certify(branch)
+    furthest: Decline | None = None
+    for roots in (True, False):
+        try:
+            return _read(branch, find_leaves(branch, roots=roots), sizes)
+        except Decline as decline:
+            furthest = decline if furthest is None or decline.stage > furthest.stage else furthest
+    assert furthest is not None
+    raise furthest
+
+
+def _read(branch: Branch, leaves: tuple[Node, ...], sizes: Sequence[Sizes]) -> RotatedHeads:
+    probe = Probe(branch, leaves, sizes[0])
+    columns = read_columns(probe)
+    furthest: Decline | None = None
+    for head_dim in _head_dims(probe, len(columns)):
+        try:
+            reading = _read_heads(probe, read_heads(columns, head_dim, branch.data))
+            break
+        except Decline as decline:
+            furthest = decline if furthest is None or decline.stage > furthest.stage else furthest
+    else:
+        assert furthest is not None
+        raise furthest
+    error = max(_prove(Probe(branch, leaves, each), reading) for each in sizes)
+    return replace(reading, error=error)
+
+
+def _head_dims(probe: Probe, columns: int) -> list[int]:
+    """Widths a head may have: the result's last dimension where heads have a dimension of their own, or a weight's."""
+    shape = probe.sizes.shape(probe.branch.out.meta["val"])
+    vectors = [probe.leaf_shape(leaf)[0] for leaf in probe.leaves if leaf.meta["val"].dim() == 1]
+    candidates = [shape[-1], *vectors] if len(shape) > 2 or not vectors else [*vectors, shape[-1]]
+    return [width for width in dict.fromkeys(candidates) if width > 1] or [columns]
+
+
+def _read_heads(probe: Probe, heads: Heads) -> RotatedHeads:
+    generator = torch.Generator().manual_seed(0)
+    leaves = probe.random_leaves(generator)
+    normalised = is_normalised(probe, leaves, generator)
+    owners = read_owners(probe, heads, leaves, generator)
+    token_dims, heads_first = _read_layout(probe, heads, owners)
+    eps = read_eps(probe, heads, leaves, owners, generator) if normalised else None
+    weight, gemma = read_weight(probe, heads, leaves, generator)
+    neutral = {**leaves, weight: torch.full_like(leaves[weight], 0.0 if gemma else 1.0)} if weight else leaves
+    couplings = read_couplings(probe, heads, neutral, owners, normalised)
+    reading = RotatedHeads(heads, Norm(eps, weight, gemma), _NO_ROPE, token_dims, heads_first, 0.0)
+    grid = reading.grid(probe.sizes.shape(probe.branch.out.meta["val"]), probe.tokens)
+    return replace(reading, rope=read_rope(probe, couplings, neutral, weight, grid))
+
+
+_NO_ROPE: Rope = None  # type: ignore[assignment]
+
+
+def _read_layout(probe: Probe, heads: Heads, owners: torch.Tensor) -> tuple[tuple[int, ...], bool]:
+    """Where tokens and heads lie in the result."""
+    shape = probe.sizes.shape(probe.branch.out.meta["val"])
+    tokens, num_heads, head_dim = probe.tokens, heads.num_heads, heads.head_dim
+    numbers = torch.arange(tokens * num_heads)
+    found = owners.reshape(-1, head_dim)
+    if not bool((found == found[:, :1]).all()):
+        raise Decline("split.layout", "the lanes of a head do not lie together in the result", [probe.branch.out])
+    found = found[:, 0]
+    for dims, heads_first in (((0, 2), True), ((0, 1), False), ((), False), ((), True)):
+        if dims and (len(shape) != 4 or shape[1 if heads_first else 2] != num_heads or shape[3] != head_dim):
+            continue
+        batch = shape[dims[0]] if dims else 1
+        grid = numbers.reshape(batch, tokens // batch, num_heads)
+        if torch.equal((grid.transpose(1, 2) if heads_first else grid).reshape(-1), found):
+            return dims, heads_first
+    raise Decline("split.layout", f"the result {list(shape)} does not hold tokens and heads in order", [probe.branch.out])
+
+
+def rows_of(lanes: Lanes, values: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """The rows [B or 1, S, count] of angles that `lanes` takes from its leaf's values."""
+    rows = values.reshape(grid[0] if lanes.per_batch else 1, grid[1], lanes.width)
+    return rows[..., lanes.offset : lanes.offset + lanes.step * lanes.count : lanes.step]
+
+
+def _prove(probe: Probe, reading: RotatedHeads) -> float:
+    shape = probe.sizes.shape(probe.branch.out.meta["val"])
+    batch, seq = reading.grid(shape, probe.tokens)
+    norm, rope = reading.norm, reading.rope
+
+    def expected(data: torch.Tensor, leaves: Mapping[Node, torch.Tensor]) -> torch.Tensor:
+        x = take_heads(data.double(), reading.heads).unflatten(0, (batch, seq))
+        cos, sin = (rows_of(lanes, leaves[lanes.leaf], (batch, seq)) for lanes in (rope.cos, rope.sin))
+        weight = leaves[norm.weight] if norm.weight else None
+        y = reference.norm_rope(x, weight, norm.eps, norm.gemma, cos, sin, rope.rotary_dim, rope.is_neox)
+        return reading.arrange(y).reshape(shape)
+
+    return prove(probe, expected, torch.Generator().manual_seed(1))
