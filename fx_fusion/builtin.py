@@ -14,6 +14,7 @@ from fx_fusion.kernels.contract import Problem, mrope_section
 from fx_fusion.patterns import qk_norm_rope_cache as pattern
 from fx_fusion.patterns.qk_norm_rope_cache import Candidate, Match
 from fx_fusion.patterns.split import Heads
+from fx_fusion.sizes import same
 from fx_fusion.placement import check_cache_address, check_convex, check_devices, check_old_cache
 
 
@@ -68,7 +69,7 @@ def _problem(match: Match) -> Problem:
         axes=lookup.axes if lookup else (),
         slots_dtype=_dtype(addresses.slots.node),
         separate_blocks=addresses.blocks is not None,
-        per_sequence_cache=addresses.blocks is None and addresses.size[0] != 1,
+        per_sequence_cache=addresses.blocks is None and not same(addresses.size[:1], [1]),
         cache_stride=tuple(stride if isinstance(stride, int) else None for stride in addresses.stride),
         return_k=match.return_k,
         skip_negative_slots=False,
@@ -96,7 +97,7 @@ def _is_packed_table(match: Match) -> bool:
     if lookup is None or lookup.cos.table is not lookup.sin.table:
         return False
     places = [(c.offset, c.step, c.count) for c in (lookup.cos, lookup.sin)]
-    return places == [(0, 1, half), (half, 1, half)] and lookup.cos.table.meta["val"].shape[1] == match.rope.rotary_dim
+    return places == [(0, 1, half), (half, 1, half)] and same(lookup.cos.table.meta["val"].shape[1:], [match.rope.rotary_dim])
 
 
 def _facts(match: Match, problem: Problem) -> dict[str, Any]:

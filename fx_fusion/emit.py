@@ -12,6 +12,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate
 
 from fx_fusion.opset import aten
+from fx_fusion.sizes import same
 
 Size = int | torch.SymInt
 
@@ -82,7 +83,7 @@ def take(emit: Emitter, source: Node, grid: Sequence[Size], tail: Sequence[tuple
     """
     shape = [*grid, *(extent for *_, extent in tail)]
     view = source
-    if list(source.meta["val"].shape) != shape:
+    if not same(source.meta["val"].shape, shape):
         view = emit.call(aten.reshape.default, source, list(map(emit.size, shape)))
     for dim, (length, offset, step, extent) in enumerate(tail, start=len(grid)):
         if (offset, step, length) != (0, 1, extent):

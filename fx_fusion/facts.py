@@ -10,6 +10,7 @@ import torch
 from torch.fx import Graph, Node
 
 from fx_fusion.opset import aten
+from fx_fusion.sizes import Sizes, admissible_sizes
 
 
 class Facts:
@@ -24,6 +25,7 @@ class Facts:
         self.nodes: list[Node] = list(graph.nodes)
         self.order: dict[Node, int] = {node: i for i, node in enumerate(self.nodes)}
         self.live: frozenset[Node] = frozenset(_live(self.nodes))
+        self.sizes: list[Sizes] = admissible_sizes(self.nodes)
         self._number: dict[Node, int] = _value_numbers(self.nodes)
         self._first: dict[int, Node] = {}
         for node in self.nodes:

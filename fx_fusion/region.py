@@ -92,7 +92,7 @@ def pair_stores(facts: Facts, stores: Sequence[Store]) -> tuple[list[tuple[Store
         tags = [tag for tag in carried.pop(node) if tag not in met]
         if len(tags) == 2:
             a, b = sorted(tags)
-            pairs.append((stores[a], stores[b], node))
+            pairs.append((stores[a], stores[b], strip_views(node)))
             met.update(tags)
             continue
         for parent in node.all_input_nodes if tags else ():
@@ -208,7 +208,7 @@ class Rotations:
             raise Decline("rope.query_missing", f"no other value is rotated by the angles that rotate {key.out}", [key.out])
         origin = max(origins.values(), key=facts.order.__getitem__)
         starts = [site for site, its_origin in origins.items() if its_origin is origin]
-        return self._exits(starts), origin
+        return self._exits(starts), strip_views(origin)
 
     def _exits(self, starts: Sequence[Node]) -> list[Node]:
         """The values through which everything that leaves the computation after `starts` must pass."""

@@ -131,6 +131,7 @@ def _take_heads(emit: Emitter, data: Node, heads: Heads, grid: Grid) -> Node:
     """[B, S, H, D], a view of the projection's output."""
     width = data.meta["val"].shape[-1]
     first, offset = divmod(heads.offset, heads.stride)
+    assert isinstance(width, int)
     if width % heads.stride == 0 and offset + heads.head_dim <= heads.stride:
         tail = [(heads.num_heads, first, 1, width // heads.stride), (heads.head_dim, offset, 1, heads.stride)]
         return take(emit, data, grid, tail)

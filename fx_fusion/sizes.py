@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +27,7 @@ class Sizes:
         """`size` as an int. Raises Decline ``region.sizes`` when it depends on a symbol without a value."""
         if isinstance(size, int):
             return size
-        expression = sympy.sympify(size.node.expr).xreplace(dict(self.values))
+        expression = sympy.sympify(sympy.sympify(size.node.expr).xreplace(dict(self.values)))
         if not expression.is_number:
             raise Decline("region.sizes", f"the size {size.node.expr} depends on data")
         return int(expression)
@@ -41,10 +41,20 @@ class Sizes:
         return self.concrete(value) if isinstance(value, torch.SymInt) else value
 
 
-def admissible_sizes(nodes: Iterable[Node]) -> list[Sizes]:
-    """Sizes at which to evaluate `nodes`: one assignment if nothing is symbolic, else two distinct ones.
+def same(a: Sequence[int | torch.SymInt], b: Sequence[int | torch.SymInt]) -> bool:
+    """Are two lists of sizes equal, as far as their expressions show? Comparing SymInts directly would add a guard."""
+    return [_expression(size) for size in a] == [_expression(size) for size in b]
 
-    Ranges and guards come from the shape environment; small sizes are preferred.
+
+def _expression(size: int | torch.SymInt) -> sympy.Expr:
+    return sympy.sympify(size if isinstance(size, int) else size.node.expr)
+
+
+def admissible_sizes(nodes: Iterable[Node]) -> list[Sizes]:
+    """Sizes at which to evaluate regions of `nodes`: one assignment if nothing is symbolic, else two distinct ones.
+
+    Ranges and guards come from the shape environment; small sizes are preferred. Symbols that were equal when the
+    graph was traced stay equal: the token counts of two inputs are two symbols, and usually one number.
     """
     symbols: dict[sympy.Symbol, None] = {}
     env: Any = None
@@ -54,18 +64,19 @@ def admissible_sizes(nodes: Iterable[Node]) -> list[Sizes]:
             symbols.update(dict.fromkeys(sorted(size.node.expr.free_symbols, key=str)))
     if not symbols:
         return [Sizes()]
+    hints = {symbol: int(_hints(env)[symbol]) for symbol in symbols if symbol in _hints(env)}
+    classes = sorted(set(hints.values()))
     found: list[Sizes] = []
     for shift in range(len(_CANDIDATES)):
-        values: dict[sympy.Symbol, int] = {}
-        for i, symbol in enumerate(symbols):
-            values[symbol] = _clamp(env, symbol, _CANDIDATES[(i + shift) % len(_CANDIDATES)])
+        chosen = {hint: _CANDIDATES[(i + shift) % len(_CANDIDATES)] for i, hint in enumerate(classes)}
+        values = {symbol: _clamp(env, symbol, chosen[hint]) for symbol, hint in hints.items()}
         sizes = Sizes(values)
         if sizes not in found and _admits(env, values):
             found.append(sizes)
         if len(found) == 2:
             return found
-    hint = Sizes({symbol: _hint(env, symbol) for symbol in symbols})
-    return [*found, hint] if hint not in found else found
+    traced = Sizes(hints)
+    return [*found, traced] if traced not in found else found
 
 
 def _sizes_of(value: Any) -> Iterable[torch.SymInt]:
@@ -76,17 +87,13 @@ def _sizes_of(value: Any) -> Iterable[torch.SymInt]:
 
 
 def _clamp(env: Any, symbol: sympy.Symbol, size: int) -> int:
-    bounds = env.var_to_range.get(symbol)
-    if bounds is None:
-        raise Decline("region.sizes", f"the symbol {symbol} has no range")
+    bounds = env.var_to_range[symbol]
     return int(min(max(size, bounds.lower), bounds.upper))
 
 
-def _hint(env: Any, symbol: sympy.Symbol) -> int:
-    table = env.backed_var_to_val if hasattr(env, "backed_var_to_val") else env.var_to_val
-    if symbol not in table:
-        raise Decline("region.sizes", f"the size {symbol} depends on data")
-    return int(table[symbol])
+def _hints(env: Any) -> Mapping[sympy.Symbol, int]:
+    """The sizes with which the graph was traced; symbols that depend on data have none."""
+    return env.backed_var_to_val if hasattr(env, "backed_var_to_val") else env.var_to_val
 
 
 def _admits(env: Any, values: Mapping[sympy.Symbol, int]) -> bool:

@@ -14,7 +14,7 @@ from fx_fusion.evaluate import Arithmetic, evaluate
 from fx_fusion.facts import Facts
 from fx_fusion.patterns.split import Heads
 from fx_fusion.region import Store
-from fx_fusion.sizes import Sizes
+from fx_fusion.sizes import Sizes, same
 
 Size = int | torch.SymInt
 
@@ -58,7 +58,7 @@ def read_addresses(facts: Facts, store: Store, elements: torch.Tensor, heads: He
     strides: dict[str, Size] = {}
     batch_size: Size = 1
     for dim, coordinate in coordinates.items():
-        if view.shape[dim] == 1:
+        if same([view.shape[dim]], [1]):
             continue
         if bool((coordinate == lane).all()):
             strides["lane"] = view.stride(dim)

@@ -43,7 +43,7 @@ from fx_fusion.region import (
     strip_views_and_casts,
     tell_key_from_value,
 )
-from fx_fusion.sizes import Sizes, admissible_sizes
+from fx_fusion.sizes import Sizes, same
 
 #: Where the data of a branch may begin is tried at this many places, the earliest first.
 _CUTS = 4
@@ -122,7 +122,7 @@ def read(facts: Facts, candidate: Candidate, memo: Memo) -> Match:
     key, key_heads = _read_key(facts, key_store, candidate.origin, memo)
     query, query_heads = _read_query(facts, key, value_store, memo)
     rope = _same_rotation(facts, query_heads, key_heads)
-    sizes = _sizes(query, key)[0]
+    sizes = facts.sizes[0]
     tokens = _tokens(key, sizes)
     grid = key_heads.grid(sizes.shape(key.out.meta["val"]), tokens)
     if grid != query_heads.grid(sizes.shape(query.out.meta["val"]), _tokens(query, sizes)):
@@ -201,7 +201,7 @@ def _memoised(facts: Facts, branch: Branch, memo: Memo) -> RotatedHeads:
     key = branch_key(facts, branch, leaves)
     if key not in memo:
         try:
-            memo[key] = (read_rotated_heads(branch, _sizes(branch)), leaves)
+            memo[key] = (read_rotated_heads(branch, facts.sizes), leaves)
         except Decline as decline:
             memo[key] = decline
     known = memo[key]
@@ -209,10 +209,6 @@ def _memoised(facts: Facts, branch: Branch, memo: Memo) -> RotatedHeads:
         raise Decline(known.code, known.found, [branch.out] if known.nodes and known.nodes[0] not in branch.nodes else known.nodes)
     heads, its_leaves = known
     return heads.on(dict(zip(its_leaves, leaves, strict=True)))
-
-
-def _sizes(*branches: Branch) -> list[Sizes]:
-    return admissible_sizes(node for b in branches for node in (b.data, *b.nodes, *b.frontier))
 
 
 def _tokens(branch: Branch, sizes: Sizes) -> int:
@@ -281,7 +277,7 @@ def _stored_value(facts: Facts, store: Store, key: Heads, sizes: Sizes, grid: tu
 
 def _same_slots(key: Stored, value: Stored) -> None:
     a, b = key.addresses, value.addresses
-    if (a.slots, a.blocks) != (b.slots, b.blocks) or a.size != b.size:
+    if (a.slots, a.blocks) != (b.slots, b.blocks) or not same(a.size, b.size):
         found = f"the key is stored at {a.slots.node} of {list(a.size)}, the value at {b.slots.node} of {list(b.size)}"
         raise Decline("store.slots_differ", found, [key.store.writer, value.store.writer])
 
