@@ -66,7 +66,7 @@ class RMSNorm(nn.Module):
 
 
 class MRotaryEmbedding(nn.Module):
-    """Interleaved 3-D rope: pair i takes its angle from axis i % 3 as far as that axis' section goes, else from time."""
+    """Interleaved 3-D rope: pair i turns with axis i % 3 as far as that axis' section goes, else with time."""
 
     cos_sin_cache: Tensor
 
@@ -222,7 +222,9 @@ def make_batch(sequences: Sequence[Request], starts: Sequence[int], block_size: 
     return Batch(tensors[0], tensors[1].t().contiguous(), *tensors[2:])
 
 
-def generate(model: Callable[[Batch], Tensor], config: DecoderConfig, steps: int, device: torch.device) -> list[list[int]]:
+def generate(
+    model: Callable[[Batch], Tensor], config: DecoderConfig, steps: int, device: torch.device
+) -> list[list[int]]:
     """Greedy decoding of three prompts of different length, the second with an image of 4 x 6 patches."""
     generator = torch.Generator().manual_seed(0)
     sequences: list[Request] = []

@@ -10,8 +10,7 @@ from fx_fusion.op import qk_norm_rope_cache
 from fx_fusion.registry import Fusion, Handle, register_fusion
 from fx_fusion.report import FusionReport, LayerReport, last_report
 from fx_fusion.trace import explain
-
-__version__ = "0.1.0.dev0"
+from fx_fusion.version import __version__
 
 __all__ = [
     "CODES",
@@ -26,6 +25,7 @@ __all__ = [
     "NotFused",
     "OptionError",
     "QkNormRopeCache",
+    "__version__",
     "explain",
     "last_report",
     "qk_norm_rope_cache",

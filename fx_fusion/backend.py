@@ -20,7 +20,9 @@ class NotFused(RuntimeError):
     """Fewer calls were fused than ``fx_fusion.require`` asks for. Carries the ``report``."""
 
     def __init__(self, required: int, report: FusionReport) -> None:
-        super().__init__(f"fx_fusion.require={required}, but {len(report.fused)} fused calls are in this graph\n{report}")
+        super().__init__(
+            f"fx_fusion.require={required}, but {len(report.fused)} fused calls are in this graph\n{report}"
+        )
         self.report = report
 
 
@@ -57,7 +59,9 @@ def fx_fusion(
     return compiled
 
 
-def _compile_inductor(gm: GraphModule, example_inputs: Sequence[Any], config: Config, mode: str | None, options: dict[str, Any]) -> Callable[..., Any]:
+def _compile_inductor(
+    gm: GraphModule, example_inputs: Sequence[Any], config: Config, mode: str | None, options: dict[str, Any]
+) -> Callable[..., Any]:
     from torch._inductor import config as inductor_config
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
@@ -65,7 +69,8 @@ def _compile_inductor(gm: GraphModule, example_inputs: Sequence[Any], config: Co
     patches: dict[str, Any] = {**(list_mode_options(mode) if mode and mode != "default" else {}), **_checked(options)}
     already = patches.pop(_HOOK, None) or getattr(inductor_config, _HOOK)
     patches[_HOOK] = FusionPass(config, before=already or None)
-    return compile_fx(gm, list(example_inputs), config_patches=patches)
+    compiled: Any = compile_fx(gm, list(example_inputs), config_patches=patches)
+    return compiled
 
 
 def _checked(options: Mapping[str, Any]) -> dict[str, Any]:

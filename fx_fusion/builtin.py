@@ -14,8 +14,8 @@ from fx_fusion.kernels.contract import Problem, mrope_section
 from fx_fusion.patterns import qk_norm_rope_cache as pattern
 from fx_fusion.patterns.qk_norm_rope_cache import Candidate, Match
 from fx_fusion.patterns.split import Heads
-from fx_fusion.sizes import same
 from fx_fusion.placement import check_cache_address, check_convex, check_devices, check_old_cache
+from fx_fusion.sizes import same
 
 
 class QkNormRopeCache:
@@ -97,7 +97,9 @@ def _is_packed_table(match: Match) -> bool:
     if lookup is None or lookup.cos.table is not lookup.sin.table:
         return False
     places = [(c.offset, c.step, c.count) for c in (lookup.cos, lookup.sin)]
-    return places == [(0, 1, half), (half, 1, half)] and same(lookup.cos.table.meta["val"].shape[1:], [match.rope.rotary_dim])
+    return places == [(0, 1, half), (half, 1, half)] and same(
+        lookup.cos.table.meta["val"].shape[1:], [match.rope.rotary_dim]
+    )
 
 
 def _facts(match: Match, problem: Problem) -> dict[str, Any]:
@@ -107,9 +109,18 @@ def _facts(match: Match, problem: Problem) -> dict[str, Any]:
         "num_heads": problem.num_heads,
         "num_kv_heads": problem.num_kv_heads,
         "head_dim": problem.head_dim,
-        "projection": "packed" if problem.packed_qkv else "separate" if match.query.data is not match.key.data else "shared",
-        "columns": {name: _columns(heads) for name, heads in (("q", match.query_heads.heads), ("k", key.heads), ("v", match.value_store.heads))},
-        "norm": None if key.norm.eps is None else {"q_eps": match.query_heads.norm.eps, "k_eps": key.norm.eps, "gemma": key.norm.gemma},
+        "projection": "packed"
+        if problem.packed_qkv
+        else "separate"
+        if match.query.data is not match.key.data
+        else "shared",
+        "columns": {
+            name: _columns(heads)
+            for name, heads in (("q", match.query_heads.heads), ("k", key.heads), ("v", match.value_store.heads))
+        },
+        "norm": None
+        if key.norm.eps is None
+        else {"q_eps": match.query_heads.norm.eps, "k_eps": key.norm.eps, "gemma": key.norm.gemma},
         "rope": "neox" if match.rope.is_neox else "gpt-j",
         "rotary_dim": problem.rotary_dim,
         "angles": "table" if lookup else "rows",
@@ -120,7 +131,11 @@ def _facts(match: Match, problem: Problem) -> dict[str, Any]:
         "cache_dtype": str(problem.cache_dtype),
         "cache_size": [str(size) for size in match.key_store.addresses.size],
         "cache_stride": [str(stride) for stride in match.key_store.addresses.stride],
-        "addressed_by": "block and offset" if problem.separate_blocks else "slot in each sequence's cache" if problem.per_sequence_cache else "slot",
+        "addressed_by": "block and offset"
+        if problem.separate_blocks
+        else "slot in each sequence's cache"
+        if problem.per_sequence_cache
+        else "slot",
         "return_k": match.return_k,
     }
 
@@ -136,7 +151,11 @@ def _words(facts: dict[str, Any]) -> str:
         f"heads {facts['num_heads']}/{facts['num_kv_heads']}x{facts['head_dim']} {facts['projection']}",
         "no norm" if norm is None else f"RMSNorm eps {norm['q_eps']:g}" + (" (1 + weight)" if norm["gemma"] else ""),
         f"rope {facts['rope']} {facts['rotary_dim']}",
-        (f"mRoPE {mrope} {'interleaved' if facts['mrope_interleaved'] else 'sectioned'}" if mrope else f"angles by {facts['angles']}"),
+        (
+            f"mRoPE {mrope} {'interleaved' if facts['mrope_interleaved'] else 'sectioned'}"
+            if mrope
+            else f"angles by {facts['angles']}"
+        ),
         f"cache [{', '.join(facts['cache_size'])}] by {facts['addressed_by']}",
     ]
     return ", ".join(parts)

@@ -43,9 +43,9 @@ class Config:
         _one_of("inner", self.inner, INNER)
         if self.mode is not None:
             _one_of("mode", self.mode, MODES)
-        if isinstance(self.require, bool) or not isinstance(self.require, int) or self.require < 0:
+        if type(self.require) is not int or self.require < 0:
             raise OptionError(f"{PREFIX}require must be an integer of at least 0, got {self.require!r}")
-        if not isinstance(self.strict, bool):
+        if type(self.strict) is not bool:
             raise OptionError(f"{PREFIX}strict must be True or False, got {self.strict!r}")
         if self.target is not None:
             try:

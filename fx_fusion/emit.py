@@ -10,6 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate
+from torch.utils import _pytree as pytree
 
 from fx_fusion.opset import aten
 from fx_fusion.sizes import same
@@ -31,8 +32,9 @@ class Emitter:
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         """A new node, its ``meta["val"]`` computed on fake tensors."""
         node = self._insert(target, args, kwargs)
-        fake_args, fake_kwargs = (map_aggregate(part, _fake) for part in (node.args, node.kwargs))
-        with _fake_mode(fake_args, fake_kwargs):
+        fake_args: Any = map_aggregate(node.args, _fake)
+        fake_kwargs: Any = map_aggregate(node.kwargs, _fake)
+        with _fake_mode((fake_args, fake_kwargs)):
             node.meta["val"] = target(*fake_args, **fake_kwargs)
         return node
 
@@ -54,10 +56,15 @@ class Emitter:
         return self._symbols[expression]
 
     def _insert(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
-        args, kwargs = (map_aggregate(part, lambda a: self.size(a) if isinstance(a, torch.SymInt) else a) for part in (args, kwargs))
-        node = self._graph.call_function(target, args, kwargs)
+        def resolve(value: Any) -> Any:
+            return self.size(value) if isinstance(value, torch.SymInt) else value
+
+        resolved: Any = map_aggregate((args, kwargs), resolve)
+        node = self._graph.call_function(target, *resolved)
         node.meta[EMITTED] = True
-        node.meta.update({key: self._origin.meta[key] for key in ("stack_trace", "nn_module_stack") if key in self._origin.meta})
+        for key in ("stack_trace", "nn_module_stack"):
+            if key in self._origin.meta:
+                node.meta[key] = self._origin.meta[key]
         return node
 
     def _find_size(self, expression: Any) -> Node:
@@ -95,8 +102,8 @@ def _fake(value: Any) -> Any:
     return value.meta["val"] if isinstance(value, Node) else value
 
 
-def _fake_mode(*values: Any) -> contextlib.AbstractContextManager[Any]:
-    for value in torch.utils._pytree.tree_leaves(values):
+def _fake_mode(values: Any) -> contextlib.AbstractContextManager[Any]:
+    for value in pytree.tree_leaves(values):
         if isinstance(value, FakeTensor):
             return value.fake_mode
     return contextlib.nullcontext()

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch.fx import Node
 from torch.fx.node import map_aggregate
-from torch.utils._python_dispatch import _disable_current_modes
 
 from fx_fusion import opset
 from fx_fusion.decline import Decline
@@ -53,16 +52,15 @@ def evaluate(
     remaining.update(outputs)
     values: dict[Node, Any] = dict(inputs)
     live = sum(_bytes(value) for value in values.values())
-    with _disable_current_modes(), torch.no_grad():
-        for node in schedule:
-            values[node] = _run(node, values, sizes, arithmetic)
-            live += _bytes(values[node])
-            if live > MEMORY_BOUND:
-                raise Decline("region.too_large", f"evaluating {node} takes more than {MEMORY_BOUND >> 30} GiB", [node])
-            for parent in node.all_input_nodes:
-                remaining[parent] -= node.all_input_nodes.count(parent)
-                if remaining[parent] <= 0 and parent not in inputs:
-                    live -= _bytes(values.pop(parent, None))
+    for node in schedule:
+        values[node] = _run(node, values, sizes, arithmetic)
+        live += _bytes(values[node])
+        if live > MEMORY_BOUND:
+            raise Decline("region.too_large", f"evaluating {node} takes more than {MEMORY_BOUND >> 30} GiB", [node])
+        for parent in node.all_input_nodes:
+            remaining[parent] -= 1
+            if remaining[parent] == 0 and parent not in inputs:
+                live -= _bytes(values.pop(parent, None))
     return [values[node] for node in outputs]
 
 
@@ -75,7 +73,9 @@ def _schedule(outputs: Sequence[Node], inputs: Mapping[Node, Any]) -> list[Node]
         if node in inputs or node in done:
             stack.pop()
             continue
-        needs = [] if opset.is_symbolic(node) else [p for p in node.all_input_nodes if p not in done and p not in inputs]
+        needs = (
+            [] if opset.is_symbolic(node) else [p for p in node.all_input_nodes if p not in done and p not in inputs]
+        )
         if needs:
             stack.extend(needs)
             continue

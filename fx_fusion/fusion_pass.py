@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import time
@@ -10,9 +11,10 @@ from typing import Any
 
 import torch
 from torch._dynamo.utils import counters
-from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor import custom_graph_pass
 from torch._logging import trace_structured
 from torch.fx import Graph, Node
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fx_fusion import config as configuration
 from fx_fusion import rewrite
@@ -24,10 +26,9 @@ from fx_fusion.kernels.contract import Target
 from fx_fusion.registry import REGISTRY, Fusion
 from fx_fusion.report import REPORTS, FusionReport, LayerReport
 
-try:
-    from torch._inductor.custom_graph_pass import CustomInferenceAwareGraphPass as _Base
-except ImportError:  # torch < 2.12 tells a pass nothing about inference
-    _Base = CustomGraphPass  # type: ignore[assignment,misc]
+#: Told whether the graph is for inference, where this version of torch tells a pass.
+_InferenceAware: Any = getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", None)
+_Base: Any = _InferenceAware or custom_graph_pass.CustomGraphPass
 
 log = logging.getLogger("torch.fx_fusion")
 
@@ -63,8 +64,10 @@ class FusionPass(_Base):
 
 def _call(graph_pass: Any, graph: Graph, is_inference: bool | None) -> None:
     for each in graph_pass if isinstance(graph_pass, (list, tuple)) else [graph_pass]:
-        aware = _Base is not CustomGraphPass and isinstance(each, _Base)
-        each(graph, is_inference) if aware else each(graph)
+        if _InferenceAware is not None and isinstance(each, _InferenceAware):
+            each(graph, is_inference)
+        else:
+            each(graph)
 
 
 def _saves_for_backward(graph: Graph) -> bool:
@@ -96,18 +99,25 @@ def apply(graph: Graph, config: Config, *, training: bool = False) -> FusionRepo
     if refusal is not None:
         layers.append(_declined("graph", refusal))
     else:
-        for fusion in REGISTRY:
-            done, spent = _apply_fusion(graph, fusion, config)
-            layers.extend(done)
-            rewriting += spent
-        if any(layer.state == "rewritten" for layer in layers):
-            rewrite.finish(graph)
+        # Readers compute with real tensors, whatever mode the caller traces in (fake tensors, a default device).
+        with _disable_current_modes(), _cpu_by_default(), torch.no_grad():
+            for fusion in REGISTRY:
+                done, spent = _apply_fusion(graph, fusion, config)
+                layers.extend(done)
+                rewriting += spent
+            if any(layer.state == "rewritten" for layer in layers):
+                rewrite.finish(graph)
     stores = _count_stores(layers, stores)
     total = time.perf_counter() - started
     seconds = {"total": total, "rewriting": rewriting, "reading": total - rewriting}
     report = FusionReport(tuple(layers), stores, nodes, config.kernel, seconds)
     _announce(report)
     return report
+
+
+def _cpu_by_default() -> contextlib.AbstractContextManager[Any]:
+    """A device context costs on every call, so there is one only where the default device is another."""
+    return contextlib.nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
 
 
 def _refuse_graph(training: bool) -> Decline | None:
@@ -142,12 +152,16 @@ def _apply_fusion(graph: Graph, fusion: Fusion, config: Config) -> tuple[list[La
     spent = time.perf_counter() - started
     layers.extend(_declined(fusion.name, decline) for decline in impossible)
     if not layers:
-        found = "the graph writes no KV cache in place; a cache that grows by concatenation (DynamicCache) stores nothing"
+        found = (
+            "the graph writes no KV cache in place; a cache that grows by concatenation (DynamicCache) stores nothing"
+        )
         layers.append(_declined(fusion.name, Decline("store.missing", found)))
     return layers, spent
 
 
-def _read(facts: Facts, fusion: Fusion, candidate: Any, memo: dict[object, Any], config: Config) -> tuple[LayerReport, Any]:
+def _read(
+    facts: Facts, fusion: Fusion, candidate: Any, memo: dict[object, Any], config: Config
+) -> tuple[LayerReport, Any]:
     global _rewrites_done
     try:
         match = fusion.read(facts, candidate, memo)
@@ -216,6 +230,6 @@ def _announce(report: FusionReport) -> None:
     for layer in report.declined:
         counters["fx_fusion"][f"declined {layer.code}"] += 1
     log.info("%s", report)
-    trace_structured("artifact", metadata_fn=lambda: {"name": "fx_fusion_report", "encoding": "json"}, payload_fn=report.to_json)
-
-
+    trace_structured(
+        "artifact", metadata_fn=lambda: {"name": "fx_fusion_report", "encoding": "json"}, payload_fn=report.to_json
+    )

@@ -88,7 +88,9 @@ def qk_norm_rope_cache(
 
 def _run(*args: Tensor | None, implementation: str, **kwargs: object) -> tuple[Tensor, Tensor]:
     if implementation not in _KERNELS:
-        raise ValueError(f"qk_norm_rope_cache: implementation must be one of {sorted(_KERNELS)}, got {implementation!r}")
+        raise ValueError(
+            f"qk_norm_rope_cache: implementation must be one of {sorted(_KERNELS)}, got {implementation!r}"
+        )
     return _KERNELS[implementation](*args, **kwargs)  # type: ignore[arg-type]
 
 
@@ -98,3 +100,5 @@ def _fake(q: Tensor, k: Tensor, *_: Tensor | None, return_k: bool, **__: object)
 
 _LIBRARY.impl("qk_norm_rope_cache", _run, "CompositeExplicitAutograd")
 torch.library.register_fake("fx_fusion::qk_norm_rope_cache", _fake, lib=_LIBRARY)
+
+OVERLOAD: torch._ops.OpOverload = torch.ops.fx_fusion.qk_norm_rope_cache.default

@@ -1,4 +1,4 @@
-"""Is the rewrite safe where it stands, and inside a captured graph? Static, on fake tensors, before anything changes."""
+"""Is the rewrite safe where it stands, and in a captured graph? Static, on fake tensors, before anything changes."""
 
 from __future__ import annotations
 
@@ -27,36 +27,30 @@ def check_convex(facts: Facts, operands: Sequence[Node], results: Iterable[Node]
     for result in results:
         path = facts.between(result, operands)
         if path:
-            raise Decline("region.not_convex", f"{path[-1]} is an operand of the call and depends on {result}", [path[-1], result])
+            raise Decline(
+                "region.not_convex", f"{path[-1]} is an operand of the call and depends on {result}", [path[-1], result]
+            )
 
 
 def check_old_cache(facts: Facts, cache: Node, writers: Sequence[Node], operands: Sequence[Node]) -> None:
     """Whoever reads the cache from before the store must be ordered before the call, or the cache would be copied."""
-    needed = _ancestors(facts, operands)
+    for reader in _readers(facts, cache, writers):
+        if not any(facts.between(reader, [operand]) for operand in operands):
+            raise Decline("store.old_cache_read", f"{reader} reads {cache} as it was before the store", [reader])
+
+
+def _readers(facts: Facts, cache: Node, writers: Sequence[Node]) -> Iterable[Node]:
     stack = [cache]
     while stack:
         node = stack.pop()
         for user in facts.users(node):
-            if user in writers and user.args[0] is node or user in needed:
-                continue
-            if opset.is_movement(user) and user.target in opset.VIEW:
+            if user.target in opset.VIEW:
                 stack.append(user)
-            elif not (user.target is opset.aten.copy_.default and user.args[0] is cache):
-                raise Decline("store.old_cache_read", f"{user} reads {cache} as it was before the store", [user])
+            elif not (user in writers and user.args[0] is node) and user.target is not opset.aten.copy_.default:
+                yield user
 
 
 def check_cache_address(cache: Node) -> None:
     """The cache must live at a stable address: a graph input, a parameter or a buffer."""
     if cache.op not in ("placeholder", "get_attr"):
         raise Decline("placement.cache", f"the cache {cache} is computed by the graph; expected a graph input", [cache])
-
-
-def _ancestors(facts: Facts, nodes: Iterable[Node]) -> set[Node]:
-    seen: set[Node] = set()
-    stack = list(nodes)
-    while stack:
-        node = stack.pop()
-        if node not in seen:
-            seen.add(node)
-            stack.extend(node.all_input_nodes)
-    return seen

@@ -44,7 +44,10 @@ class Probe:
 
     def random_leaves(self, generator: torch.Generator) -> dict[Node, torch.Tensor]:
         """Distinct values in [0.5, 1.5) for every leaf: no zero, no symmetry, nothing that cancels."""
-        return {leaf: torch.rand(self.leaf_shape(leaf), generator=generator, dtype=torch.float64) + 0.5 for leaf in self.leaves}
+        return {
+            leaf: torch.rand(self.leaf_shape(leaf), generator=generator, dtype=torch.float64) + 0.5
+            for leaf in self.leaves
+        }
 
     def run(
         self,

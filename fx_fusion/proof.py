@@ -44,7 +44,9 @@ def prove(probe: Probe, reference: Reference, generator: torch.Generator) -> flo
         leaves = _signed(probe.random_leaves(generator), generator)
         difference = relative_difference(probe.run(data, leaves), reference(data, leaves))
         if not difference < TOLERANCE:
-            found = f"in float64 the region and the fused operation differ by {difference:.1e} on input of scale {scale:g}"
+            found = (
+                f"in float64 the region and the fused operation differ by {difference:.1e} on input of scale {scale:g}"
+            )
             raise Decline("proof.mismatch", found, [probe.branch.out])
         worst = max(worst, difference)
     _prove_native(probe, reference, generator)
@@ -67,7 +69,9 @@ def _prove_native(probe: Probe, reference: Reference, generator: torch.Generator
         finite = region.isfinite()
         difference = relative_difference(torch.where(finite, region, expected), expected)
         if not difference < NATIVE_TOLERANCE[dtype]:
-            found = f"in {dtype} the region and the fused operation differ by {difference:.1e} on input of scale {scale:g}"
+            found = (
+                f"in {dtype} the region and the fused operation differ by {difference:.1e} on input of scale {scale:g}"
+            )
             raise Decline("proof.mismatch", found, [probe.branch.out])
 
 

@@ -11,6 +11,7 @@ Words used throughout:
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -123,7 +124,7 @@ def data_cuts(facts: Facts, origin: Node, out: Node) -> tuple[list[Node], Node |
     while chain[-1] is not origin:
         chain.append(idom[chain[-1]])
     cuts: list[Node] = []
-    for after, data in zip(chain, chain[1:], strict=False):
+    for after, data in itertools.pairwise(chain):
         step = range(facts.order[data] + 1, facts.order[after] + 1)
         blocker = next((node for node in path if facts.order[node] in step and not opset.is_analytic(node)), None)
         if blocker is not None:
@@ -205,7 +206,9 @@ class Rotations:
             if origin is not None and not _depends(facts, site, key.out):
                 origins[site] = origin
         if not origins:
-            raise Decline("rope.query_missing", f"no other value is rotated by the angles that rotate {key.out}", [key.out])
+            raise Decline(
+                "rope.query_missing", f"no other value is rotated by the angles that rotate {key.out}", [key.out]
+            )
         origin = max(origins.values(), key=facts.order.__getitem__)
         starts = [site for site, its_origin in origins.items() if its_origin is origin]
         return self._exits(starts), strip_views(origin)
@@ -258,8 +261,8 @@ def tell_key_from_value(facts: Facts, a: Store, b: Store, origin: Node) -> tuple
     wide_a, wide_b = (_angles_after_projection(facts, origin, store.value) for store in (a, b))
     if wide_a == wide_b:
         found = (
-            f"{a.value} and {b.value} are both fed by {wide_a} tensors besides their data; expected a rotated key and a "
-            "copied value"
+            f"{a.value} and {b.value} are both fed by {wide_a} tensors besides their data; "
+            "expected a rotated key and a copied value"
         )
         raise Decline("rope.missing" if wide_a == 0 else "split.v_not_copied", found, [a.value, b.value])
     return (a, b) if wide_a > wide_b else (b, a)
@@ -273,7 +276,9 @@ def _angles_after_projection(facts: Facts, origin: Node, out: Node) -> int:
         if node in tail and opset.is_analytic(node):
             tail.update(parent for parent in node.all_input_nodes if parent in inside)
     body = [node for node in path if node in tail and opset.is_analytic(node) and node is not origin]
-    return len({parent for node in body for parent in node.all_input_nodes if parent not in inside and _is_wide(parent)})
+    return len(
+        {parent for node in body for parent in node.all_input_nodes if parent not in inside and _is_wide(parent)}
+    )
 
 
 def branch_key(facts: Facts, branch: Branch, leaves: Sequence[Node]) -> tuple[Any, ...]:

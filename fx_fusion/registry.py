@@ -66,7 +66,9 @@ class Registry:
     def add(self, fusion: Fusion) -> Handle:
         _check(fusion)
         if any(known.name == fusion.name for known in self._fusions):
-            raise ValueError(f"a fusion named {fusion.name!r} is registered already; remove it first, or choose another name")
+            raise ValueError(
+                f"a fusion named {fusion.name!r} is registered already; remove it first, or choose another name"
+            )
         self._fusions.append(fusion)
         return Handle(self._fusions, fusion)
 
@@ -86,7 +88,9 @@ def _check(fusion: Any) -> None:
         raise TypeError(f"register_fusion: expected a Fusion with a string attribute 'name', got {fusion!r}")
     missing = [method for method in _methods() if not callable(getattr(fusion, method, None))]
     if missing:
-        raise TypeError(f"register_fusion: fusion {fusion.name!r} lacks {', '.join(missing)}; see fx_fusion.registry.Fusion")
+        raise TypeError(
+            f"register_fusion: fusion {fusion.name!r} lacks {', '.join(missing)}; see fx_fusion.registry.Fusion"
+        )
 
 
 def _methods() -> Iterable[str]:
@@ -101,6 +105,7 @@ def _source(cls: type) -> str | None:
 
 
 REGISTRY = Registry()
+
 
 def register_fusion(fusion: Any = None) -> Any:
     """Add a fusion for all later compilations.

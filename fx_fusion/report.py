@@ -173,7 +173,9 @@ class Reports:
         if report_id not in self._known:
             path = _directory() / f"{report_id}.json"
             if not path.exists():
-                missing = LayerReport("unknown", "declined", code="report.missing", reason=f"the report file {path} is gone")
+                missing = LayerReport(
+                    "unknown", "declined", code="report.missing", reason=f"the report file {path} is gone"
+                )
                 return FusionReport((missing,), stores=0, nodes=0, kernel="unknown", seconds={})
             self._known[report_id] = FusionReport.from_json(path.read_text())
         return self._known[report_id]
@@ -194,5 +196,3 @@ def last_report() -> FusionReport | None:
     It is also there when a warm compile cache supplied the graph and the pass did not run.
     """
     return REPORTS.latest()
-
-

@@ -14,7 +14,7 @@ import torch
 from torch._higher_order_ops.auto_functionalize import auto_functionalized_v2
 from torch.fx import Graph, Node
 
-import fx_fusion.op  # noqa: F401  (registers the operation)
+from fx_fusion import op as fused_op
 from fx_fusion import opset
 from fx_fusion.emit import EMITTED, Emitter, take
 from fx_fusion.facts import Facts
@@ -35,7 +35,11 @@ def rewrite(graph: Graph, match: Match, kernel: str) -> None:
         emit = Emitter(graph, match.key.out)
         call = _emit_call(emit, match, kernel)
         rotated_q = _as_result(emit, emit.call(operator.getitem, call, 0), match.query.out, match.query_heads)
-        rotated_k = _as_result(emit, emit.call(operator.getitem, call, 1), match.key.out, match.key_heads) if match.return_k else None
+        rotated_k = (
+            _as_result(emit, emit.call(operator.getitem, call, 1), match.key.out, match.key_heads)
+            if match.return_k
+            else None
+        )
         bases = _bases(key, value)
         caches = {base: emit.call(operator.getitem, call, 2 + i) for i, base in enumerate(bases)}
         written = [_replay_view(emit, stored, caches[stored.store.cache]) for stored in (key, value)]
@@ -53,7 +57,12 @@ def finish(graph: Graph) -> None:
     stable_topological_sort(graph)
     _share_views(graph)
     for node in reversed(list(graph.nodes)):
-        if node.op == "call_function" and not node.users and not node.is_impure() and node.target is not aten.copy_.default:
+        if (
+            node.op == "call_function"
+            and not node.users
+            and not node.is_impure()
+            and node.target is not aten.copy_.default
+        ):
             graph.erase_node(node)
     graph.lint()
 
@@ -70,7 +79,6 @@ def _emit_call(emit: Emitter, match: Match, kernel: str) -> Node:
     grid, lookup, rope = match.grid, match.lookup, match.rope
     query, key, value = match.query_heads, match.key_heads, match.value_store
     addresses = match.key_store.addresses
-    op = torch.ops.fx_fusion.qk_norm_rope_cache.default
     q = _take_heads(emit, match.query.data, query.heads, grid)
     k = _take_heads(emit, match.key.data, key.heads, grid)
     if lookup is None:
@@ -86,7 +94,8 @@ def _emit_call(emit: Emitter, match: Match, kernel: str) -> Node:
         "k_weight": key.norm.weight,
         "cos": cos,
         "sin": sin,
-        "positions": lookup and emit.call(aten.reshape.default, lookup.positions, [lookup.num_axes, *_rows(grid, lookup.per_batch)]),
+        "positions": lookup
+        and emit.call(aten.reshape.default, lookup.positions, [lookup.num_axes, *_rows(grid, lookup.per_batch)]),
         "slots": _take_index(emit, addresses.slots, grid),
         "blocks": addresses.blocks and _take_index(emit, addresses.blocks, grid),
         "q_eps": query.norm.eps,
@@ -108,7 +117,7 @@ def _emit_call(emit: Emitter, match: Match, kernel: str) -> Node:
         fresh_k = out_k.new_empty(out_k.shape if match.return_k else (0,))
     values = (fresh_q, fresh_k, *(base.meta["val"] for base in bases))
     call = emit.call_with_value(auto_functionalized_v2, {}, values)
-    call.args, call.kwargs = (op,), arguments
+    call.args, call.kwargs = (fused_op.OVERLOAD,), arguments
     return call
 
 

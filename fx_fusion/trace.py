@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from fx_fusion.config import Config
 from fx_fusion.fusion_pass import FusionPass
+from fx_fusion.kernels.contract import Target
 from fx_fusion.report import REPORTS, FusionReport
 
 
@@ -29,8 +30,11 @@ def compile_eager(gm: GraphModule, example_inputs: Sequence[Any], config: Config
         _as_post_grad(graph_module, FusionPass(config), is_inference=bool(kwargs.get("is_inference", False)))
         return _boxed(graph_module)
 
-    patches = {"fx_graph_cache": False, "force_disable_caches": True}
-    return compile_fx(gm, list(example_inputs), inner_compile=run_pass, config_patches=patches)
+    inner: Any = run_pass
+    compiled: Any = compile_fx(
+        gm, list(example_inputs), inner_compile=inner, config_patches={"force_disable_caches": True}
+    )
+    return compiled
 
 
 def _as_post_grad(gm: GraphModule, graph_pass: FusionPass, *, is_inference: bool) -> None:
@@ -60,8 +64,8 @@ def explain(fn: Callable[..., Any], *args: Any, target: str | None = None, **kwa
 
     Args:
         fn: a module or a function, as one would give it to ``torch.compile``.
-        target: check kernel contracts for this place (``"gfx942"``, ``"cuda"``, …). The tensors are traced on the CPU,
-            so the attention operator may differ from the one that the target would get.
+        target: check kernel contracts for this place (``"gfx942"``, ``"cuda"``, …); by default where the tensors are.
+            They are traced on the CPU, so the attention operator may differ from the one that the target would get.
 
     Returns:
         The report; of several graphs (graph breaks), all layers in order.
@@ -69,7 +73,7 @@ def explain(fn: Callable[..., Any], *args: Any, target: str | None = None, **kwa
     Raises:
         ValueError: `target` is unknown.
     """
-    config = Config(target=target)
+    config = Config(target=target or _home((fn, args, kwargs)))
     reports: list[FusionReport] = []
 
     def backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -78,7 +82,7 @@ def explain(fn: Callable[..., Any], *args: Any, target: str | None = None, **kwa
         reports.extend(REPORTS.since(before))
         return compiled
 
-    with _fake() as mode, torch.no_grad():
+    with _fake() as mode, torch.device("cpu"), torch.no_grad():
         fake_fn, fake_args, fake_kwargs = _fakes(mode, (fn, args, kwargs))
         fake_fn(*fake_args, **fake_kwargs)  # a lazily allocated cache allocates itself here, not inside the graph
         torch._dynamo.reset()
@@ -103,7 +107,7 @@ def merge(reports: Sequence[FusionReport]) -> FusionReport:
 
 
 @contextlib.contextmanager
-def _fake() -> Iterator[FakeTensorMode]:
+def _fake() -> Generator[FakeTensorMode]:
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True) as mode:
@@ -111,7 +115,23 @@ def _fake() -> Iterator[FakeTensorMode]:
 
 
 def _fakes(mode: FakeTensorMode, value: Any) -> Any:
-    """A deep copy in which every tensor is a fake one on the CPU."""
+    """A deep copy in which every tensor is a fake one on the CPU.
+
+    Inductor would fold computation on meta tensors away, and a build without CUDA cannot trace fake CUDA tensors.
+    """
+    copies: dict[int, Any] = {}
     with FakeCopyMode(mode):
-        copied = copy.deepcopy(value)
-    return pytree.tree_map(lambda leaf: leaf, copied)
+        copied = copy.deepcopy(value, copies)
+    for tensor in copies.values():
+        if isinstance(tensor, FakeTensor):
+            tensor.fake_device = torch.device("cpu")
+    return copied
+
+
+def _home(value: Any) -> str:
+    """The target that the tensors of `value` live on; the meta device stands for the CPU."""
+    fn, args, kwargs = value
+    parameters = fn.parameters() if isinstance(fn, torch.nn.Module) else ()
+    tensors = (leaf for leaf in (*parameters, *pytree.tree_leaves((args, kwargs))) if isinstance(leaf, torch.Tensor))
+    device = next((tensor.device for tensor in tensors), torch.device("cpu"))
+    return Target.of(device).name if device.type == "cuda" else "cpu"

@@ -21,42 +21,43 @@ FUNCTION = "fused_qk_norm_mrope_3d_cache_pts_quant_shuffle"
 
 @dataclass(frozen=True)
 class Requirement:
-    """What aiter expects of one argument, and what was found instead (None if it holds)."""
+    """What aiter expects of one argument."""
 
     argument: str
     expected: str
-    found: Callable[[Problem], str | None]
+    holds: Callable[[Problem], bool]
+    found: Callable[[Problem], object]
 
 
-def _unless(holds: bool, found: object) -> str | None:
-    return None if holds else str(found)
-
+_HALF = (torch.bfloat16, torch.float16)
 
 CONTRACT: tuple[Requirement, ...] = (
-    Requirement("qkv", "bfloat16 or float16", lambda p: _unless(p.dtype in (torch.bfloat16, torch.float16), p.dtype)),
-    Requirement("qkv", "one contiguous tensor in the order q, k, v", lambda p: _unless(p.packed_qkv, "separate or gated projections")),
-    Requirement("qw", "the dtype of qkv", lambda p: _unless(p.weight_dtypes[0] == p.dtype, p.weight_dtypes[0] or "no weight")),
-    Requirement("kw", "the dtype of qkv", lambda p: _unless(p.weight_dtypes[1] == p.dtype, p.weight_dtypes[1] or "no weight")),
-    Requirement("cos_sin", "one contiguous table, cos half then sin half, with positions", lambda p: _unless(p.packed_table, "rows of angles, or another table")),
-    Requirement("cos_sin", "the dtype of qkv", lambda p: _unless(p.angle_dtype == p.dtype, p.angle_dtype)),
-    Requirement("positions", "int64", lambda p: _unless(p.positions_dtype == torch.int64, p.positions_dtype)),
-    Requirement("positions", "3 axes", lambda p: _unless(p.num_axes == 3, f"{p.num_axes}")),
-    Requirement("mrope_section_", "sections, consecutive or interleaved", lambda p: _unless(mrope_section(p.axes) is not None, "another order of axes")),
-    Requirement("head_size", "64, 128 or 256", lambda p: _unless(p.head_dim in (64, 128, 256), p.head_dim)),
-    Requirement("eps", "one value for q and k", lambda p: _unless(p.q_eps is not None and p.q_eps == p.k_eps, f"{p.q_eps} and {p.k_eps}")),
-    Requirement("slot_mapping", "int64", lambda p: _unless(p.slots_dtype == torch.int64, p.slots_dtype)),
-    Requirement("slot_mapping", "one slot a token in one cache for all sequences", lambda p: _unless(not p.per_sequence_cache, "a cache per sequence")),
-    Requirement("slot_mapping", "block * block_size + offset in one number", lambda p: _unless(not p.separate_blocks, "separate blocks and offsets")),
-    Requirement("k_cache", "the dtype of qkv", lambda p: _unless(p.cache_dtype == p.dtype, p.cache_dtype)),
-    Requirement("k_cache", "a unit lane stride", lambda p: _unless(p.cache_stride[3] == 1, p.cache_stride[3])),
-)  # fmt: skip
+    Requirement("qkv", "bfloat16 or float16", lambda p: p.dtype in _HALF, lambda p: p.dtype),
+    Requirement("qkv", "q, k, v in one contiguous tensor", lambda p: p.packed_qkv, lambda p: "other columns"),
+    Requirement("qw", "the dtype of qkv", lambda p: p.weight_dtypes[0] == p.dtype, lambda p: p.weight_dtypes[0]),
+    Requirement("kw", "the dtype of qkv", lambda p: p.weight_dtypes[1] == p.dtype, lambda p: p.weight_dtypes[1]),
+    Requirement(
+        "cos_sin", "one table, cos half, sin half", lambda p: p.packed_table, lambda p: "rows or another table"
+    ),
+    Requirement("cos_sin", "the dtype of qkv", lambda p: p.angle_dtype == p.dtype, lambda p: p.angle_dtype),
+    Requirement("positions", "int64", lambda p: p.positions_dtype == torch.int64, lambda p: p.positions_dtype),
+    Requirement("positions", "3 axes", lambda p: p.num_axes == 3, lambda p: p.num_axes),
+    Requirement("mrope_section_", "sections", lambda p: mrope_section(p.axes) is not None, lambda p: list(p.axes)),
+    Requirement("head_size", "64, 128 or 256", lambda p: p.head_dim in (64, 128, 256), lambda p: p.head_dim),
+    Requirement("eps", "a norm on q and on k", lambda p: None not in (p.q_eps, p.k_eps), lambda p: (p.q_eps, p.k_eps)),
+    Requirement("eps", "one value for q and k", lambda p: p.q_eps == p.k_eps, lambda p: (p.q_eps, p.k_eps)),
+    Requirement("slot_mapping", "int64", lambda p: p.slots_dtype == torch.int64, lambda p: p.slots_dtype),
+    Requirement("slot_mapping", "one cache", lambda p: not p.per_sequence_cache, lambda p: "a cache per sequence"),
+    Requirement("slot_mapping", "one number", lambda p: not p.separate_blocks, lambda p: "a block and an offset"),
+    Requirement("k_cache", "the dtype of qkv", lambda p: p.cache_dtype == p.dtype, lambda p: p.cache_dtype),
+    Requirement("k_cache", "a unit lane stride", lambda p: p.cache_stride[3] == 1, lambda p: p.cache_stride[3]),
+)
 
 
 def refuses(problem: Problem, target: Target) -> str | None:
-    for requirement in CONTRACT:
-        found = requirement.found(problem)
-        if found is not None:
-            return f"argument {requirement.argument}: expected {requirement.expected}, found {found}"
+    for line in CONTRACT:
+        if not line.holds(problem):
+            return f"argument {line.argument}: expected {line.expected}, found {line.found(problem)}"
     return None
 
 

@@ -38,7 +38,9 @@ class Addresses:
     blocks: Index | None
 
 
-def read_addresses(facts: Facts, store: Store, elements: torch.Tensor, heads: Heads, sizes: Sizes, grid: tuple[int, int]) -> Addresses:
+def read_addresses(
+    facts: Facts, store: Store, elements: torch.Tensor, heads: Heads, sizes: Sizes, grid: tuple[int, int]
+) -> Addresses:
     """Where `store` puts what.
 
     Args:
@@ -69,14 +71,22 @@ def read_addresses(facts: Facts, store: Store, elements: torch.Tensor, heads: He
         elif bool((coordinate == batch).all()):
             strides["batch"], batch_size = view.stride(dim), view.shape[dim]
         else:
-            found = f"dimension {dim} of the cache view {store.view} is filled neither by heads, nor lanes, nor sequences"
+            found = (
+                f"dimension {dim} of the cache view {store.view} is filled neither by heads, nor lanes, nor sequences"
+            )
             raise Decline("store.layout", found, [store.writer])
     slot_dim, *block_dims = reversed(list(indices))
     if len(block_dims) > 1 or (block_dims and "batch" in strides):
-        raise Decline("store.index", f"{len(indices)} indices address the cache; expected a slot, or a block and an offset", [store.writer])
+        raise Decline(
+            "store.index",
+            f"{len(indices)} indices address the cache; expected a slot, or a block and an offset",
+            [store.writer],
+        )
     slots = _index(indices[slot_dim], token, grid, store)
     blocks = _index(indices[block_dims[0]], token, grid, store) if block_dims else None
-    block_size, block_stride = (view.shape[block_dims[0]], view.stride(block_dims[0])) if block_dims else (batch_size, strides.get("batch", 0))
+    block_size, block_stride = (
+        (view.shape[block_dims[0]], view.stride(block_dims[0])) if block_dims else (batch_size, strides.get("batch", 0))
+    )
     lane_stride = strides.get("lane", 1)
     return Addresses(
         size=(block_size, view.shape[slot_dim], heads.num_heads, heads.head_dim),
@@ -90,7 +100,9 @@ def read_addresses(facts: Facts, store: Store, elements: torch.Tensor, heads: He
 def _check_writer(store: Store) -> None:
     accumulate = store.writer.kwargs.get("accumulate", store.writer.args[3] if len(store.writer.args) > 3 else False)
     if accumulate:
-        raise Decline("store.accumulates", f"{store.writer} adds to the cache; expected it to overwrite", [store.writer])
+        raise Decline(
+            "store.accumulates", f"{store.writer} adds to the cache; expected it to overwrite", [store.writer]
+        )
 
 
 def _check_view(store: Store, sizes: Sizes) -> None:
@@ -112,7 +124,11 @@ def _check_view(store: Store, sizes: Sizes) -> None:
             raise Decline("store.cache_not_viewable", f"{node} copies the cache: {error}", [node]) from error
     expected = [sizes.concrete(stride) for stride in store.view.meta["val"].stride()]
     if list(value.stride()) != expected:
-        raise Decline("store.cache_not_viewable", f"{store.view} has strides {expected} but the cache gives {list(value.stride())}", [store.view])
+        raise Decline(
+            "store.cache_not_viewable",
+            f"{store.view} has strides {expected} but the cache gives {list(value.stride())}",
+            [store.view],
+        )
 
 
 def _flat(args: Any) -> list[Any]:
@@ -127,11 +143,14 @@ def _unflat(args: Any, values: list[Any]) -> Any:
 def _check_complete(store: Store, elements: torch.Tensor, heads: Heads, grid: tuple[int, int]) -> None:
     total = grid[0] * grid[1] * heads.num_heads * heads.head_dim
     if elements.numel() != total or not torch.equal(elements.reshape(-1).sort().values, torch.arange(total)):
-        found = f"{elements.numel()} values are stored from {grid[0] * grid[1]} tokens of {heads.num_heads} x {heads.head_dim}"
+        tokens = f"{grid[0] * grid[1]} tokens of {heads.num_heads} x {heads.head_dim}"
+        found = f"{elements.numel()} values are stored from {tokens}, each expected once"
         raise Decline("store.layout", found, [store.writer])
 
 
-def _coordinates(store: Store, value_shape: tuple[int, ...], sizes: Sizes) -> tuple[dict[int, torch.Tensor], dict[int, tuple[Node, torch.Tensor]]]:
+def _coordinates(
+    store: Store, value_shape: tuple[int, ...], sizes: Sizes
+) -> tuple[dict[int, torch.Tensor], dict[int, tuple[Node, torch.Tensor]]]:
     """For each element stored: its coordinate in every plain dimension of the cache view, and in every indexed one
     the number of the index element that chose it.
 
@@ -145,7 +164,11 @@ def _coordinates(store: Store, value_shape: tuple[int, ...], sizes: Sizes) -> tu
             raise Decline("store.index", f"{index} is not an integer index", [store.writer])
     if not any(given):
         raise Decline("store.index", "the whole cache is overwritten", [store.writer])
-    numbers = {d: torch.arange(torch.Size(sizes.shape(i.meta["val"])).numel()).reshape(sizes.shape(i.meta["val"])) for d, i in enumerate(given) if i is not None}
+    numbers = {
+        d: torch.arange(torch.Size(sizes.shape(i.meta["val"])).numel()).reshape(sizes.shape(i.meta["val"]))
+        for d, i in enumerate(given)
+        if i is not None
+    }
 
     def pick(dim: int) -> torch.Tensor:
         extent = [*shape]

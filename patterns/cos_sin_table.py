@@ -39,7 +39,7 @@ class Lookup:
 
 
 def trace_lookup(facts: Facts, rope: Rope, sizes: Sizes, grid: tuple[int, int]) -> Lookup | None:
-    """The lookup behind the rows of `rope`, or None where anything but a lookup made them: the rows then stay operands."""
+    """The lookup behind the rows of `rope`; None where anything but a lookup made them: the rows stay operands."""
     try:
         cos = _trace(facts, rope.cos, rope.rotary_dim, rope.is_neox, sizes, grid)
         sin = _trace(facts, rope.sin, rope.rotary_dim, rope.is_neox, sizes, grid)
@@ -54,7 +54,9 @@ def trace_lookup(facts: Facts, rope: Rope, sizes: Sizes, grid: tuple[int, int]) 
 _Trace = tuple[Columns, Node, int, bool, tuple[int, ...]]
 
 
-def _trace(facts: Facts, lanes: Lanes, rotary_dim: int, is_neox: bool, sizes: Sizes, grid: tuple[int, int]) -> _Trace | None:
+def _trace(
+    facts: Facts, lanes: Lanes, rotary_dim: int, is_neox: bool, sizes: Sizes, grid: tuple[int, int]
+) -> _Trace | None:
     leaves = _leaves(facts, lanes.leaf)
     tables = [leaf for leaf in leaves if opset.is_float_tensor(leaf)]
     indices = [leaf for leaf in leaves if opset.is_int_tensor(leaf)]
@@ -72,7 +74,11 @@ def _trace(facts: Facts, lanes: Lanes, rotary_dim: int, is_neox: bool, sizes: Si
         if found is not None:
             num_axes, axes = found
             pairs = _pair_axes(axes, lanes.count, rotary_dim, is_neox)
-            return (Columns(table, int(column[0, 0]), step, lanes.count), positions, num_axes, per_batch, pairs) if pairs else None
+            return (
+                (Columns(table, int(column[0, 0]), step, lanes.count), positions, num_axes, per_batch, pairs)
+                if pairs
+                else None
+            )
     return None
 
 
@@ -106,7 +112,9 @@ def _is_literal(node: Node) -> bool:
     return False
 
 
-def _elements(facts: Facts, lanes: Lanes, table: Node, positions: Node, sizes: Sizes, grid: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+def _elements(
+    facts: Facts, lanes: Lanes, table: Node, positions: Node, sizes: Sizes, grid: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """For each token and lane: which element of `positions` chose its row, and which column it takes."""
     shape = sizes.shape(positions.meta["val"])
     count = torch.Size(shape).numel()
@@ -143,7 +151,9 @@ def _everywhere(facts: Facts, out: Node, values: dict[Node, torch.Tensor]) -> di
     return inputs
 
 
-def _axes(row: torch.Tensor, shape: Iterable[int], grid: tuple[int, int], per_batch: bool) -> tuple[int, list[int]] | None:
+def _axes(
+    row: torch.Tensor, shape: Iterable[int], grid: tuple[int, int], per_batch: bool
+) -> tuple[int, list[int]] | None:
     tokens = grid[0] * grid[1]
     per_axis = tokens if per_batch else grid[1]
     count = torch.Size(shape).numel()

@@ -15,7 +15,7 @@ from torch.fx import Node
 from fx_fusion.decline import Decline
 from fx_fusion.patterns.rms_norm import LARGE, place_heads
 from fx_fusion.patterns.split import Heads
-from fx_fusion.probe import Probe, TOLERANCE
+from fx_fusion.probe import TOLERANCE, Probe
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,9 @@ class Couplings:
     other: torch.Tensor
 
 
-def read_couplings(probe: Probe, heads: Heads, leaves: Mapping[Node, torch.Tensor], owners: torch.Tensor, normalised: bool) -> Couplings:
+def read_couplings(
+    probe: Probe, heads: Heads, leaves: Mapping[Node, torch.Tensor], owners: torch.Tensor, normalised: bool
+) -> Couplings:
     """Feed indicator vectors: lane l gets 1 if bit k of l is set. What comes back spells each lane's partner in binary.
 
     At most two lanes may enter a result; `other` then separates from `own` at any bit where the two lanes differ.
@@ -86,11 +88,15 @@ def read_couplings(probe: Probe, heads: Heads, leaves: Mapping[Node, torch.Tenso
     own = torch.where(alone, total, own)
     partner = torch.where(alone, -1, partner)
     if not bool(own.isfinite().all()) or bool((partner >= width).any()):
-        raise Decline("rope.not_a_rotation", "a lane takes from more than one other lane of its head", [probe.branch.out])
+        raise Decline(
+            "rope.not_a_rotation", "a lane takes from more than one other lane of its head", [probe.branch.out]
+        )
     return Couplings(partner, own, total - own)
 
 
-def read_rope(probe: Probe, couplings: Couplings, leaves: Mapping[Node, torch.Tensor], weight: Node | None, grid: tuple[int, int]) -> Rope:
+def read_rope(
+    probe: Probe, couplings: Couplings, leaves: Mapping[Node, torch.Tensor], weight: Node | None, grid: tuple[int, int]
+) -> Rope:
     """The style of the rotation and the place of every cosine and sine, looked up among the leaves' values."""
     out = probe.branch.out
     rotary_dim = int((couplings.partner >= 0).sum())
@@ -115,7 +121,10 @@ def _style(partner: torch.Tensor, rotary_dim: int, out: Node) -> bool:
         return True
     if rotary_dim % 2 == 0 and bool((partner[:rotary_dim] == lane ^ 1).all()):
         return False
-    found = f"{rotary_dim} lanes are combined, lane 0 with lane {int(partner[0])}; expected partners {half} apart or adjacent, from lane 0 on"
+    found = (
+        f"{rotary_dim} lanes are combined, lane 0 with lane {int(partner[0])}; "
+        f"expected partners {half} apart or adjacent, from lane 0 on"
+    )
     raise Decline("rope.not_a_rotation", found, [out])
 
 

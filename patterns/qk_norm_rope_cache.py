@@ -57,6 +57,7 @@ class Candidate:
 
     stores: tuple[Store, Store]
     origin: Node
+    rotations: Rotations
 
     @property
     def anchor(self) -> Node:
@@ -93,10 +94,21 @@ class Match:
     def operands(self) -> list[Node]:
         """The values that the call reads."""
         weights = [h.norm.weight for h in (self.query_heads, self.key_heads)]
-        angles = (self.lookup.cos.table, self.lookup.sin.table, self.lookup.positions) if self.lookup else (self.rope.cos.leaf, self.rope.sin.leaf)
+        angles = (
+            (self.lookup.cos.table, self.lookup.sin.table, self.lookup.positions)
+            if self.lookup
+            else (self.rope.cos.leaf, self.rope.sin.leaf)
+        )
         addresses = self.key_store.addresses
         indices = (addresses.slots, addresses.blocks)
-        nodes = [self.query.data, self.key.data, self.value_store.data, *weights, *angles, *(i and i.node for i in indices)]
+        nodes = [
+            self.query.data,
+            self.key.data,
+            self.value_store.data,
+            *weights,
+            *angles,
+            *(i and i.node for i in indices),
+        ]
         return list(dict.fromkeys(node for node in nodes if node is not None))
 
     @property
@@ -113,14 +125,15 @@ def find(facts: Facts) -> tuple[list[Candidate], list[Decline]]:
     for store in single:
         found = f"{store.writer} stores into {store.cache}, and no other store has its value from the same projection"
         declined.append(Decline("store.unpaired", found, [store.writer]))
-    return [Candidate((a, b), origin) for a, b, origin in pairs], declined
+    rotations = Rotations(facts)
+    return [Candidate((a, b), origin, rotations) for a, b, origin in pairs], declined
 
 
 def read(facts: Facts, candidate: Candidate, memo: Memo) -> Match:
     """Read and prove one candidate. Raises Decline with the reason why not."""
     key_store, value_store = tell_key_from_value(facts, *candidate.stores, candidate.origin)
     key, key_heads = _read_key(facts, key_store, candidate.origin, memo)
-    query, query_heads = _read_query(facts, key, value_store, memo)
+    query, query_heads = _read_query(facts, candidate.rotations, key, value_store, memo)
     rope = _same_rotation(facts, query_heads, key_heads)
     sizes = facts.sizes[0]
     tokens = _tokens(key, sizes)
@@ -154,8 +167,10 @@ def _read_key(facts: Facts, store: Store, origin: Node, memo: Memo) -> tuple[Bra
     return _furthest(_attempts(facts, origin, outs, memo))
 
 
-def _read_query(facts: Facts, key: Branch, value_store: Store, memo: Memo) -> tuple[Branch, RotatedHeads]:
-    outs, origin = Rotations(facts).find_query(key, value_store.value)
+def _read_query(
+    facts: Facts, rotations: Rotations, key: Branch, value_store: Store, memo: Memo
+) -> tuple[Branch, RotatedHeads]:
+    outs, origin = rotations.find_query(key, value_store.value)
     return _furthest(_attempts(facts, origin, outs, memo))
 
 
@@ -206,7 +221,9 @@ def _memoised(facts: Facts, branch: Branch, memo: Memo) -> RotatedHeads:
             memo[key] = decline
     known = memo[key]
     if isinstance(known, Decline):
-        raise Decline(known.code, known.found, [branch.out] if known.nodes and known.nodes[0] not in branch.nodes else known.nodes)
+        raise Decline(
+            known.code, known.found, [branch.out] if known.nodes and known.nodes[0] not in branch.nodes else known.nodes
+        )
     heads, its_leaves = known
     return heads.on(dict(zip(its_leaves, leaves, strict=True)))
 
@@ -234,7 +251,10 @@ def _same_rotation(facts: Facts, query: RotatedHeads, key: RotatedHeads) -> Rope
         (
             rope.rotary_dim,
             rope.is_neox,
-            *((facts.value_number(a.leaf), a.width, a.offset, a.step, a.count, a.per_batch) for a in (rope.cos, rope.sin)),
+            *(
+                (facts.value_number(a.leaf), a.width, a.offset, a.step, a.count, a.per_batch)
+                for a in (rope.cos, rope.sin)
+            ),
         )
         for rope in ropes
     ]
@@ -244,11 +264,15 @@ def _same_rotation(facts: Facts, query: RotatedHeads, key: RotatedHeads) -> Rope
         found = f"query heads have {query.heads.head_dim} lanes, key heads {key.heads.head_dim}"
         raise Decline("split.heads", found, [ropes[0].cos.leaf])
     if query.norm.weight and key.norm.weight and query.norm.gemma != key.norm.gemma:
-        raise Decline("norm.differs", "one of query and key is multiplied by weight, the other by 1 + weight", [key.norm.weight])
+        raise Decline(
+            "norm.differs", "one of query and key is multiplied by weight, the other by 1 + weight", [key.norm.weight]
+        )
     return ropes[1]
 
 
-def _stored_key(facts: Facts, store: Store, key: Branch, heads: RotatedHeads, sizes: Sizes, grid: tuple[int, int]) -> Stored:
+def _stored_key(
+    facts: Facts, store: Store, key: Branch, heads: RotatedHeads, sizes: Sizes, grid: tuple[int, int]
+) -> Stored:
     shape = sizes.shape(key.out.meta["val"])
     tail = facts.between(key.out, [store.value])[1:]
     certify_copy(tail, key.out.meta["val"].dtype, store.cache.meta["val"].dtype)

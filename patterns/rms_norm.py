@@ -10,8 +10,8 @@ import torch
 from torch.fx import Node
 
 from fx_fusion.decline import Decline
-from fx_fusion.probe import TOLERANCE, Probe, relative_difference
 from fx_fusion.patterns.split import Heads, expected_columns
+from fx_fusion.probe import TOLERANCE, Probe, relative_difference
 
 #: Far above any eps (its share of the mean square is below 1e-16), and far below: the norm is linear there.
 LARGE = 1e6
@@ -75,8 +75,8 @@ def _not_per_head(probe: Probe, heads: Heads, leaves: Leaves, generator: torch.G
     reached = int(probe.run(data, leaves).isnan().sum())
     if reached > heads.head_dim:
         found = (
-            f"one column reaches {reached} results, head_dim is {heads.head_dim}: the norm spans more than its own head "
-            f"(the whole projection has {heads.num_heads * heads.head_dim} columns)"
+            f"one column reaches {reached} results, head_dim is {heads.head_dim}: "
+            f"the norm spans more than its own head (the whole projection has {heads.num_heads * heads.head_dim} columns)"
         )
         return Decline("norm.not_per_head", found, [probe.branch.out])
     found = f"one column reaches {reached} results, but a head's result does not scale with that head alone near zero"
@@ -104,7 +104,9 @@ def read_weight(probe: Probe, heads: Heads, leaves: Leaves, generator: torch.Gen
             if not probe.run(data, {**leaves, leaf: torch.full_like(value, neutral)}).any():
                 found.append((leaf, gemma))
     if len(found) > 1:
-        raise Decline("norm.weight", f"{len(found)} operands scale the head like a weight; expected one", [n for n, _ in found])
+        raise Decline(
+            "norm.weight", f"{len(found)} operands scale the head like a weight; expected one", [n for n, _ in found]
+        )
     return found[0] if found else (None, False)
 
 

@@ -132,7 +132,9 @@ def _read_layout(probe: Probe, heads: Heads, owners: torch.Tensor) -> tuple[tupl
         grid = numbers.reshape(batch, tokens // batch, num_heads)
         if torch.equal((grid.transpose(1, 2) if heads_first else grid).reshape(-1), found):
             return dims, heads_first
-    raise Decline("split.layout", f"the result {list(shape)} does not hold tokens and heads in order", [probe.branch.out])
+    raise Decline(
+        "split.layout", f"the result {list(shape)} does not hold tokens and heads in order", [probe.branch.out]
+    )
 
 
 def rows_of(lanes: Lanes, values: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:

@@ -34,7 +34,9 @@ def read_columns(probe: Probe) -> torch.Tensor:
     Exact: element numbers are run through the movement that stands before the first computation.
     """
     images = _images(probe)
-    values = evaluate(images, {probe.branch.data: element_numbers(probe).reshape(probe.data_shape)}, probe.sizes, Arithmetic.MOVE)
+    values = evaluate(
+        images, {probe.branch.data: element_numbers(probe).reshape(probe.data_shape)}, probe.sizes, Arithmetic.MOVE
+    )
     used = torch.zeros(probe.tokens * probe.columns, dtype=torch.bool)
     for value in values:
         used[value.reshape(-1)] = True
@@ -51,7 +53,10 @@ def _images(probe: Probe) -> list[Node]:
     images: dict[Node, None] = {}
     for node in (probe.branch.data, *probe.branch.nodes):
         if node is not probe.branch.data:
-            if not (_moves(node) and moved.issuperset(p for p in node.all_input_nodes if p in inside or p is probe.branch.data)):
+            if not (
+                _moves(node)
+                and moved.issuperset(p for p in node.all_input_nodes if p in inside or p is probe.branch.data)
+            ):
                 continue
             moved.add(node)
         if any(user in inside and not _moves(user) for user in node.users) or node is probe.branch.out:
@@ -66,13 +71,17 @@ def _moves(node: Node) -> bool:
 def read_heads(columns: torch.Tensor, head_dim: int, data: Node) -> Heads:
     """`columns` (sorted) as heads of `head_dim` consecutive columns at a constant distance."""
     if len(columns) % head_dim:
-        raise Decline("split.heads", f"{len(columns)} columns are read, which is no multiple of head_dim {head_dim}", [data])
+        raise Decline(
+            "split.heads", f"{len(columns)} columns are read, which is no multiple of head_dim {head_dim}", [data]
+        )
     grid = columns.reshape(-1, head_dim)
     starts = grid[:, 0]
     stride = int(starts[1] - starts[0]) if len(starts) > 1 else head_dim
     heads = Heads(len(starts), head_dim, int(starts[0]), stride)
     if not bool((grid == expected_columns(heads)).all()):
-        found = f"the columns {_summary(columns)} are not heads of {head_dim} consecutive columns at a constant distance"
+        found = (
+            f"the columns {_summary(columns)} are not heads of {head_dim} consecutive columns at a constant distance"
+        )
         raise Decline("split.columns", found, [data])
     return heads
 

@@ -1,0 +1,39 @@
+# make demo: install and run the main job on this machine's device.   make test: install and run the tests.
+# A torch that is already installed (ROCm, CUDA) is used, never replaced; without one, the pinned CPU build is installed.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+TORCH := 2.13.0
+TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
+
+.PHONY: setup demo test lint clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	@if $(PYTHON) -c 'import torch' 2>/dev/null; then \
+		echo "using the torch of $(PYTHON)"; \
+		$(PYTHON) -m venv --clear --system-site-packages $(VENV); \
+	else \
+		echo "installing the CPU build of torch $(TORCH)"; \
+		$(PYTHON) -m venv --clear $(VENV) && \
+		$(RUN) -m pip install --quiet --retries 1 --extra-index-url $(TORCH_CPU_INDEX) torch==$(TORCH); \
+	fi
+	@$(RUN) -c 'import torch; print(f"torch=={torch.__version__}")' > $(VENV)/constraints.txt
+	$(RUN) -m pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[test,lint,demo]'
+	@touch $@
+
+demo: setup
+	$(RUN) examples/demo.py
+
+test: setup
+	$(RUN) -m pytest
+
+lint: setup
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m pyright
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
