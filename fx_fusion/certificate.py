@@ -17,6 +17,9 @@ from fx_fusion.decline import Decline
 from fx_fusion.opset import aten
 from fx_fusion.region import Branch
 
+#: What :func:`certify` declines with.
+CODES = ("proof.not_analytic", "proof.rounding", "rope.output_dtype")
+
 
 def certify(branch: Branch) -> None:
     """Raise Decline unless sampling proves what `branch` computes.

@@ -25,12 +25,14 @@ MOVEMENT = frozenset(
         aten.transpose.int, aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims,
         aten.expand.default, aten.slice.Tensor, aten.select.int, aten.clone.default, aten.alias.default,
         aten.detach.default, aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int, aten.flip.default,
-        aten.roll.default, aten.repeat.default, operator.getitem,
+        aten.roll.default, aten.repeat.default, prims.rev.default, operator.getitem,
     }
 )  # fmt: skip
 
 #: The members of MOVEMENT that alias their input: a chain of them over a cache is an address, never a copy.
-VIEW = MOVEMENT - {aten.clone.default, aten.flip.default, aten.roll.default, aten.repeat.default}
+VIEW = MOVEMENT - {
+    aten.clone.default, aten.flip.default, aten.roll.default, aten.repeat.default, prims.rev.default,
+}  # fmt: skip
 
 #: Several tensors in, their values out.
 JOIN = frozenset(

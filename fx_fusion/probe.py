@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -60,11 +61,22 @@ class Probe:
         return evaluate([self.branch.out], inputs, self.sizes, arithmetic)[0]
 
 
-def find_leaves(branch: Branch, *, roots: bool) -> tuple[Node, ...]:
+class Frontier(enum.Enum):
+    """How the tensors that feed a branch are taken; tried in this order."""
+
+    ROOTS = "roots"
+    """Views, negations, widenings and ``1 + weight`` outside the branch are looked through."""
+    PARTS = "parts"
+    """Concatenations too: ``cat([-sin, sin])`` is made of sin."""
+    AS_IS = "as is"
+    """Nothing is looked through."""
+
+
+def find_leaves(branch: Branch, frontier: Frontier) -> tuple[Node, ...]:
     """The float tensors that feed `branch` from outside, in order of use.
 
-    With `roots`, views, negations and widenings outside the branch are looked through, so that the cosine that q sees
-    unsqueezed one way and k another is one leaf. Constants that the graph computes from literals alone are no leaves.
+    Looking through views makes the cosine that q sees unsqueezed one way and k another one leaf. Constants that the
+    graph computes from literals alone are no leaves.
 
     Raises:
         Decline: ``norm.eps_is_input`` for a scalar leaf, ``proof.not_analytic`` for an index or a mask that depends on
@@ -79,8 +91,23 @@ def find_leaves(branch: Branch, *, roots: bool) -> tuple[Node, ...]:
             raise Decline("proof.not_analytic", found, [node])
         if node.meta["val"].dim() == 0:
             raise Decline("norm.eps_is_input", f"the scalar {node} is a graph input; expected a literal", [node])
-        leaves[strip(node) if roots else node] = None
+        leaves.update(dict.fromkeys(_origins(node, frontier)))
     return tuple(leaves)
+
+
+def _origins(node: Node, frontier: Frontier) -> list[Node]:
+    if frontier is Frontier.AS_IS:
+        return [node]
+    root = strip(node)
+    if _is_one_plus(root):
+        return [strip(root.args[0])]  # type: ignore[arg-type]
+    if frontier is Frontier.PARTS and root.target in (opset.aten.cat.default, opset.aten.stack.default):
+        return [strip(part) for part in root.all_input_nodes]
+    return [root]
+
+
+def _is_one_plus(node: Node) -> bool:
+    return node.target in (opset.aten.add.Tensor, opset.aten.add.Scalar) and node.args[1] == 1 and not node.kwargs
 
 
 def _is_constant(node: Node) -> bool:

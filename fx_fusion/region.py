@@ -11,7 +11,6 @@ Words used throughout:
 from __future__ import annotations
 
 import heapq
-import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -109,11 +108,15 @@ def branch_between(facts: Facts, data: Node, out: Node) -> Branch:
     return Branch(data, out, nodes, tuple(frontier))
 
 
-def data_cuts(facts: Facts, origin: Node, out: Node) -> tuple[list[Node], Node | None]:
-    """Where the data of the branch to `out` may begin, the earliest first, and the step that rules out earlier ones.
+def data_cuts(facts: Facts, origin: Node, out: Node) -> list[Node]:
+    """Where the data of the branch to `out` may begin, the earliest first.
 
-    Candidates are the values that every path from `origin` to `out` passes through and after which only analytic
-    steps follow. Values that merely move an earlier candidate are left out: they start the same function.
+    Candidates are the values that every path from `origin` to `out` passes through, after which only analytic steps
+    follow, and before which no root is taken: a norm belongs to the branch or the branch is not understood. Values that
+    merely move an earlier candidate are left out: they start the same function.
+
+    Raises:
+        Decline: ``proof.not_analytic``, if a step that is not analytic leaves no candidate.
     """
     path = facts.between(origin, [out])
     inside = set(path)
@@ -123,22 +126,24 @@ def data_cuts(facts: Facts, origin: Node, out: Node) -> tuple[list[Node], Node |
     chain = [out]
     while chain[-1] is not origin:
         chain.append(idom[chain[-1]])
-    cuts: list[Node] = []
-    for after, data in itertools.pairwise(chain):
-        step = range(facts.order[data] + 1, facts.order[after] + 1)
-        blocker = next((node for node in path if facts.order[node] in step and not opset.is_analytic(node)), None)
-        if blocker is not None:
-            break
-        cuts.append(data)
-    else:
-        blocker = None
+    body = [node for node in path if node is not origin]
+    projection = max((facts.order[node] for node in body if opset.is_opaque(node)), default=facts.order[origin])
+    blocker = next((node for node in reversed(body) if not opset.is_analytic(node)), None)
+    first = facts.order[blocker] if blocker is not None else facts.order[origin]
+    last = min(
+        (facts.order[node] for node in body if _takes_root(node) and facts.order[node] > projection), default=None
+    )
+    cuts = [node for node in reversed(chain[1:]) if facts.order[node] >= first]
+    if last is not None:
+        cuts = [node for node in cuts if facts.order[node] < last]
     if not cuts:
-        found = f"{blocker} ({blocker.target}) is the last step before {out}" if blocker else f"{out} has no input"
-        raise Decline("proof.not_analytic", found, [blocker or out])
-    starts = [data for data in reversed(cuts) if not opset.is_movement(data)]
-    if cuts[-1] not in starts:
-        starts.insert(0, cuts[-1])
-    return starts, None if blocker is None or opset.is_opaque(blocker) else blocker
+        step = blocker or out
+        raise Decline("proof.not_analytic", f"{step} ({step.target}) stands between the projection and {out}", [step])
+    return [cuts[0], *(node for node in cuts[1:] if not opset.is_movement(node))]
+
+
+def _takes_root(node: Node) -> bool:
+    return node.target in opset.ROOTS and not (node.target is aten.pow.Tensor_Scalar and node.args[1] in (2, 3, 4))
 
 
 def strip(node: Node) -> Node:
@@ -273,9 +278,9 @@ def _angles_after_projection(facts: Facts, origin: Node, out: Node) -> int:
     inside = set(path)
     tail = {out}
     for node in reversed(path):
-        if node in tail and opset.is_analytic(node):
+        if node in tail and not opset.is_opaque(node):
             tail.update(parent for parent in node.all_input_nodes if parent in inside)
-    body = [node for node in path if node in tail and opset.is_analytic(node) and node is not origin]
+    body = [node for node in path if node in tail and not opset.is_opaque(node) and node is not origin]
     return len(
         {parent for node in body for parent in node.all_input_nodes if parent not in inside and _is_wide(parent)}
     )

@@ -138,14 +138,12 @@ def _cache_view(emit: Emitter, name: str, stored: Stored, bases: Sequence[Node])
 
 def _take_heads(emit: Emitter, data: Node, heads: Heads, grid: Grid) -> Node:
     """[B, S, H, D], a view of the projection's output."""
-    width = data.meta["val"].shape[-1]
     first, offset = divmod(heads.offset, heads.stride)
-    assert isinstance(width, int)
-    if width % heads.stride == 0 and offset + heads.head_dim <= heads.stride:
-        tail = [(heads.num_heads, first, 1, width // heads.stride), (heads.head_dim, offset, 1, heads.stride)]
+    if heads.width % heads.stride == 0 and offset + heads.head_dim <= heads.stride:
+        tail = [(heads.num_heads, first, 1, heads.width // heads.stride), (heads.head_dim, offset, 1, heads.stride)]
         return take(emit, data, grid, tail)
     span = heads.num_heads * heads.stride
-    rows = take(emit, data, grid, [(span, heads.offset, 1, width)])
+    rows = take(emit, data, grid, [(span, heads.offset, 1, heads.width)])
     return take(emit, rows, grid, [(heads.num_heads, 0, 1, heads.num_heads), (heads.head_dim, 0, 1, heads.stride)])
 
 

@@ -49,9 +49,12 @@ def read_addresses(
     """
     _check_writer(store)
     _check_view(store, sizes)
-    _check_complete(store, elements, heads, grid)
     view: torch.Tensor = store.view.meta["val"]
-    coordinates, indices = _coordinates(store, tuple(elements.shape), sizes)
+    coordinates, indices = _coordinates(store, sizes)
+    elements = _as_stored(
+        store, elements, next(iter((*coordinates.values(), *(number for _, number in indices.values()))))
+    )
+    _check_complete(store, elements, heads, grid)
     lane = elements % heads.head_dim
     head = elements // heads.head_dim % heads.num_heads
     token = elements // (heads.head_dim * heads.num_heads)
@@ -148,9 +151,15 @@ def _check_complete(store: Store, elements: torch.Tensor, heads: Heads, grid: tu
         raise Decline("store.layout", found, [store.writer])
 
 
-def _coordinates(
-    store: Store, value_shape: tuple[int, ...], sizes: Sizes
-) -> tuple[dict[int, torch.Tensor], dict[int, tuple[Node, torch.Tensor]]]:
+def _as_stored(store: Store, elements: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """`elements` in the shape that the writer gives the value: dimensions of size one may be missing in front."""
+    if elements.numel() != like.numel():
+        found = f"a value of shape {list(elements.shape)} is broadcast into {list(like.shape)}"
+        raise Decline("store.value_broadcast", found, [store.writer])
+    return elements.expand(like.shape)
+
+
+def _coordinates(store: Store, sizes: Sizes) -> tuple[dict[int, torch.Tensor], dict[int, tuple[Node, torch.Tensor]]]:
     """For each element stored: its coordinate in every plain dimension of the cache view, and in every indexed one
     the number of the index element that chose it.
 
@@ -180,10 +189,6 @@ def _coordinates(
         return opset.aten.index.Tensor(ruler, index)
 
     picked = {dim: pick(dim) for dim in range(len(shape))}
-    stored = tuple(picked[0].shape)
-    if stored != value_shape:
-        found = f"a value of shape {list(value_shape)} is broadcast into {list(stored)}"
-        raise Decline("store.value_broadcast", found, [store.writer])
     return (
         {dim: value for dim, value in picked.items() if dim not in numbers},
         {dim: (given[dim], picked[dim]) for dim in numbers},

@@ -21,6 +21,7 @@ import torch
 from torch.fx import Node
 
 from fx_fusion import opset
+from fx_fusion.certificate import CODES as CERTIFICATE_CODES
 from fx_fusion.certificate import certify_copy
 from fx_fusion.decline import Decline
 from fx_fusion.facts import Facts
@@ -29,7 +30,7 @@ from fx_fusion.patterns.cos_sin_table import Lookup, trace_lookup
 from fx_fusion.patterns.mrope import Rope
 from fx_fusion.patterns.rotated_heads import RotatedHeads, read_rotated_heads
 from fx_fusion.patterns.split import Heads, expected_columns, read_heads
-from fx_fusion.probe import find_leaves
+from fx_fusion.probe import Frontier, find_leaves
 from fx_fusion.region import (
     Branch,
     Rotations,
@@ -180,20 +181,17 @@ Attempt = tuple[Branch, RotatedHeads] | Decline
 def _attempts(facts: Facts, origin: Node, outs: Sequence[Node], memo: Memo) -> Iterator[Attempt]:
     for out in outs:
         try:
-            cuts, blocker = data_cuts(facts, origin, out)
+            cuts = data_cuts(facts, origin, out)
         except Decline as decline:
             yield decline
             continue
         for data in cuts[:_CUTS]:
-            yield _attempt(facts, branch_between(facts, data, out), blocker, memo)
+            yield _attempt(facts, branch_between(facts, data, out), memo)
 
 
-def _attempt(facts: Facts, branch: Branch, blocker: Node | None, memo: Memo) -> Attempt:
+def _attempt(facts: Facts, branch: Branch, memo: Memo) -> Attempt:
     try:
         heads = _memoised(facts, branch, memo)
-        if blocker is not None and heads.norm.eps is None:
-            found = f"{blocker} ({blocker.target}) stands between the projection and the rotation"
-            raise Decline("proof.not_analytic", found, [blocker])
         _check_escapes(facts, branch)
     except Decline as decline:
         return decline
@@ -201,18 +199,23 @@ def _attempt(facts: Facts, branch: Branch, blocker: Node | None, memo: Memo) -> 
 
 
 def _furthest(attempts: Iterator[Attempt]) -> tuple[Branch, RotatedHeads]:
-    furthest: Decline | None = None
+    """The first attempt that succeeds.
+
+    Raises:
+        Decline: of the attempt that got furthest, or of the certificate: what it objects to where the data begins first
+            is why later beginnings were tried at all.
+    """
+    declines: list[Decline] = []
     for attempt in attempts:
         if not isinstance(attempt, Decline):
             return attempt
-        furthest = attempt if furthest is None or attempt.stage > furthest.stage else furthest
-    assert furthest is not None
-    raise furthest
+        declines.append(attempt)
+    raise declines[0] if declines[0].code in CERTIFICATE_CODES else max(declines, key=lambda decline: decline.stage)
 
 
 def _memoised(facts: Facts, branch: Branch, memo: Memo) -> RotatedHeads:
     """Equal branches are measured once: the key holds all that reading and proof depend on."""
-    leaves = tuple(dict.fromkeys((*find_leaves(branch, roots=True), *find_leaves(branch, roots=False))))
+    leaves = tuple(dict.fromkeys(leaf for frontier in Frontier for leaf in find_leaves(branch, frontier)))
     key = branch_key(facts, branch, leaves)
     if key not in memo:
         try:
@@ -286,16 +289,18 @@ def _stored_value(facts: Facts, store: Store, key: Heads, sizes: Sizes, grid: tu
     data = strip_views_and_casts(store.value)
     certify_copy(facts.between(data, [store.value])[1:], data.meta["val"].dtype, store.cache.meta["val"].dtype)
     shape = sizes.shape(data.meta["val"])
-    numbers = torch.arange(torch.Size(shape).numel()).reshape(shape)
-    moved = moved_elements(store.value, data, numbers, sizes)
-    columns = (moved % shape[-1]).unique()
-    heads = read_heads(columns, key.head_dim, data)
+    width, rest = divmod(torch.Size(shape).numel(), grid[0] * grid[1])
+    if rest:
+        raise Decline("split.layout", f"{data} of shape {list(shape)} does not hold {grid[0] * grid[1]} tokens", [data])
+    moved = moved_elements(store.value, data, torch.arange(torch.Size(shape).numel()).reshape(shape), sizes)
+    columns = (moved % width).unique()
+    heads = read_heads(columns, key.head_dim, width, data)
     if heads.num_heads != key.num_heads:
         found = f"{heads.num_heads} heads of values are stored with {key.num_heads} heads of keys"
         raise Decline("split.v_not_copied", found, [store.value])
-    lane = torch.zeros(shape[-1], dtype=torch.long)
+    lane = torch.zeros(width, dtype=torch.long)
     lane[expected_columns(heads).reshape(-1)] = torch.arange(heads.num_heads * heads.head_dim)
-    elements = moved // shape[-1] * len(columns) + lane[moved % shape[-1]]
+    elements = moved // width * len(columns) + lane[moved % width]
     return Stored(store, data, heads, read_addresses(facts, store, elements, heads, sizes, grid))
 
 

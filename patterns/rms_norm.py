@@ -76,7 +76,7 @@ def _not_per_head(probe: Probe, heads: Heads, leaves: Leaves, generator: torch.G
     if reached > heads.head_dim:
         found = (
             f"one column reaches {reached} results, head_dim is {heads.head_dim}: "
-            f"the norm spans more than its own head (the whole projection has {heads.num_heads * heads.head_dim} columns)"
+            f"the norm spans more than one head (the projection has {heads.num_heads * heads.head_dim} columns)"
         )
         return Decline("norm.not_per_head", found, [probe.branch.out])
     found = f"one column reaches {reached} results, but a head's result does not scale with that head alone near zero"

@@ -14,7 +14,7 @@ from fx_fusion.kernels import reference
 from fx_fusion.patterns.mrope import Lanes, Rope, read_couplings, read_rope
 from fx_fusion.patterns.rms_norm import Norm, is_normalised, read_eps, read_owners, read_weight
 from fx_fusion.patterns.split import Heads, read_columns, read_heads, take_heads
-from fx_fusion.probe import Probe, find_leaves
+from fx_fusion.probe import Frontier, Probe, find_leaves
 from fx_fusion.proof import prove
 from fx_fusion.region import Branch
 from fx_fusion.sizes import Sizes
@@ -57,16 +57,16 @@ class RotatedHeads:
 def read_rotated_heads(branch: Branch, sizes: Sequence[Sizes]) -> RotatedHeads:
     """Read at the first of `sizes`, prove at all of them.
 
-    The frontier is read in two ways: through views, negations and widenings to what they are made from, and as is.
+    The frontier is taken in each way that :class:`Frontier` knows.
 
     Raises:
         Decline: of the attempt that got furthest.
     """
     certify(branch)
     furthest: Decline | None = None
-    for roots in (True, False):
+    for frontier in Frontier:
         try:
-            return _read(branch, find_leaves(branch, roots=roots), sizes)
+            return _read(branch, find_leaves(branch, frontier), sizes)
         except Decline as decline:
             furthest = decline if furthest is None or decline.stage > furthest.stage else furthest
     assert furthest is not None
@@ -76,16 +76,16 @@ def read_rotated_heads(branch: Branch, sizes: Sequence[Sizes]) -> RotatedHeads:
 def _read(branch: Branch, leaves: tuple[Node, ...], sizes: Sequence[Sizes]) -> RotatedHeads:
     probe = Probe(branch, leaves, sizes[0])
     columns = read_columns(probe)
-    furthest: Decline | None = None
+    first: Decline | None = None
     for head_dim in _head_dims(probe, len(columns)):
         try:
-            reading = _read_heads(probe, read_heads(columns, head_dim, branch.data))
+            reading = _read_heads(probe, read_heads(columns, head_dim, probe.columns, branch.data))
             break
         except Decline as decline:
-            furthest = decline if furthest is None or decline.stage > furthest.stage else furthest
+            first = first or decline
     else:
-        assert furthest is not None
-        raise furthest
+        assert first is not None
+        raise first
     error = max(_prove(Probe(branch, leaves, each), reading) for each in sizes)
     return replace(reading, error=error)
 

@@ -15,12 +15,13 @@ from fx_fusion.probe import Probe
 
 @dataclass(frozen=True)
 class Heads:
-    """Head h, lane l of a token is column ``offset + h * stride + l`` of the projection's output."""
+    """Head h, lane l of a token is column ``offset + h * stride + l`` of a projection's output, `width` columns wide."""
 
     num_heads: int
     head_dim: int
     offset: int
     stride: int
+    width: int
 
 
 def element_numbers(probe: Probe) -> torch.Tensor:
@@ -68,7 +69,7 @@ def _moves(node: Node) -> bool:
     return opset.is_movement(node) or opset.is_cast(node)
 
 
-def read_heads(columns: torch.Tensor, head_dim: int, data: Node) -> Heads:
+def read_heads(columns: torch.Tensor, head_dim: int, width: int, data: Node) -> Heads:
     """`columns` (sorted) as heads of `head_dim` consecutive columns at a constant distance."""
     if len(columns) % head_dim:
         raise Decline(
@@ -77,7 +78,7 @@ def read_heads(columns: torch.Tensor, head_dim: int, data: Node) -> Heads:
     grid = columns.reshape(-1, head_dim)
     starts = grid[:, 0]
     stride = int(starts[1] - starts[0]) if len(starts) > 1 else head_dim
-    heads = Heads(len(starts), head_dim, int(starts[0]), stride)
+    heads = Heads(len(starts), head_dim, int(starts[0]), stride, width)
     if not bool((grid == expected_columns(heads)).all()):
         found = (
             f"the columns {_summary(columns)} are not heads of {head_dim} consecutive columns at a constant distance"

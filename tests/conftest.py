@@ -1,0 +1,27 @@
+"""Shared fixtures. Every test compiles from scratch, into a cache of its own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def fresh(tmp_path, monkeypatch):
+    """No compile cache, no Dynamo state and no random state leaks from one test into another."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    for name in ("FX_FUSION_KERNEL", "FX_FUSION_DISABLE", "FX_FUSION_FUEL"):
+        monkeypatch.delenv(name, raising=False)
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    yield
+    torch._dynamo.reset()
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA or ROCm device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)

@@ -1,0 +1,280 @@
+"""The same prologue in other words: each must fuse, and what is read off must be the same."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from prologue import EPS, HEAD_DIM, NUM_HEADS, NUM_KV_HEADS, SECTION, SLOTS, Prologue, arguments
+from torch import nn
+
+from fx_fusion.testing import assert_fuses
+
+SPELLINGS: dict[str, type[Prologue]] = {}
+
+
+def spelling(cls: type[Prologue]) -> type[Prologue]:
+    SPELLINGS[cls.__name__] = cls
+    return cls
+
+
+@spelling
+class Plain(Prologue):
+    pass
+
+
+@spelling
+class SplitBySlices(Prologue):
+    def split(self, qkv):
+        ends = (0, NUM_HEADS * HEAD_DIM, (NUM_HEADS + NUM_KV_HEADS) * HEAD_DIM, qkv.shape[-1])
+        return tuple(qkv[:, a:b].reshape(qkv.shape[0], -1, HEAD_DIM) for a, b in itertools.pairwise(ends))
+
+
+@spelling
+class SplitOverHeads(Prologue):
+    def split(self, qkv):
+        return qkv.view(qkv.shape[0], -1, HEAD_DIM).split([NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS], 1)
+
+
+@spelling
+class OrderVKQ(Prologue):
+    def split(self, qkv):
+        v, k, q = qkv.view(qkv.shape[0], -1, HEAD_DIM).split([NUM_KV_HEADS, NUM_KV_HEADS, NUM_HEADS], 1)
+        return q, k, v
+
+
+@spelling
+class Bias(Prologue):
+    def __init__(self, dtype=torch.float32):
+        super().__init__(dtype)
+        self.bias = nn.Parameter(torch.randn(self.qkv_proj.out_features, dtype=dtype))
+
+    def project(self, x):
+        return self.qkv_proj(x) + self.bias
+
+
+@spelling
+class Dequantised(Prologue):
+    def __init__(self, dtype=torch.float32):
+        super().__init__(dtype)
+        self.scale = nn.Parameter(torch.rand(self.qkv_proj.out_features, dtype=dtype))
+
+    def project(self, x):
+        return self.qkv_proj(x) * self.scale
+
+
+@spelling
+class LoRA(Prologue):
+    def __init__(self, dtype=torch.float32):
+        super().__init__(dtype)
+        self.down = nn.Linear(self.qkv_proj.in_features, 4, bias=False, dtype=dtype)
+        self.up = nn.Linear(4, self.qkv_proj.out_features, bias=False, dtype=dtype)
+
+    def project(self, x):
+        return self.qkv_proj(x) + 0.5 * self.up(self.down(x))
+
+
+@spelling
+class NormByFunctional(Prologue):
+    def norm(self, x, weight):
+        return F.rms_norm(x, (HEAD_DIM,), weight, EPS)
+
+
+@spelling
+class NormBySquareRootAndDivision(Prologue):
+    def norm(self, x, weight):
+        y = x.float()
+        return (y / torch.sqrt((y * y).sum(-1, keepdim=True) / HEAD_DIM + EPS) * weight.float()).to(x.dtype)
+
+
+@spelling
+class NormGemma(Prologue):
+    def norm(self, x, weight):
+        y = x.float()
+        return (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + EPS) * (1.0 + weight.float())).to(x.dtype)
+
+
+@spelling
+class NormOnFlatHeads(Prologue):
+    def norm(self, x, weight):
+        return super().norm(x.reshape(-1, HEAD_DIM), weight).view(x.shape)
+
+
+@spelling
+class NoNorm(Prologue):
+    def norm(self, x, weight):
+        return x
+
+
+@spelling
+class NormWithoutWeight(Prologue):
+    def norm(self, x, weight):
+        return super().norm(x, torch.ones_like(weight))
+
+
+@spelling
+class RotateHalf(Prologue):
+    def rotate(self, x, cos, sin):
+        a, b = x.chunk(2, -1)
+        return x * torch.cat([cos, cos], -1) + torch.cat([-b, a], -1) * torch.cat([sin, sin], -1)
+
+
+@spelling
+class RotateByRoll(Prologue):
+    def rotate(self, x, cos, sin):
+        return x * torch.cat([cos, cos], -1) + x.roll(HEAD_DIM // 2, -1) * torch.cat([-sin, sin], -1)
+
+
+@spelling
+class RotateByAddcmul(Prologue):
+    def rotate(self, x, cos, sin):
+        a, b = x.chunk(2, -1)
+        return torch.cat([torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)], -1)
+
+
+@spelling
+class RotateInPlace(Prologue):
+    def rotate(self, x, cos, sin):
+        y = x.clone()
+        y[..., : HEAD_DIM // 2] = x[..., : HEAD_DIM // 2] * cos - x[..., HEAD_DIM // 2 :] * sin
+        y[..., HEAD_DIM // 2 :] = x[..., HEAD_DIM // 2 :] * cos + x[..., : HEAD_DIM // 2] * sin
+        return y
+
+
+@spelling
+class GptJ(Prologue):
+    def rotate(self, x, cos, sin):
+        a, b = x[..., 0::2], x[..., 1::2]
+        return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
+
+
+@spelling
+class PartialRotary(Prologue):
+    def rotate(self, x, cos, sin):
+        half = HEAD_DIM // 2
+        return torch.cat(
+            [super().rotate(x[..., :half], cos[..., : half // 2], sin[..., : half // 2]), x[..., half:]], -1
+        )
+
+
+@spelling
+class AnglesOneDimensional(Prologue):
+    def angles(self, positions):
+        return tuple(part.unsqueeze(1) for part in self.cos_sin_cache[positions[0]].chunk(2, -1))
+
+
+@spelling
+class AnglesSectioned(Prologue):
+    def interleave(self, x):
+        return torch.cat([part[axis] for axis, part in enumerate(x.split(list(SECTION), -1))], -1)
+
+
+@spelling
+class AnglesByWhere(Prologue):
+    def interleave(self, x):
+        lane = torch.arange(HEAD_DIM // 2)
+        height, width = (lane % 3 == 1) & (lane < SECTION[1] * 3), (lane % 3 == 2) & (lane < SECTION[2] * 3)
+        return torch.where(height, x[1], torch.where(width, x[2], x[0]))
+
+
+@spelling
+class AnglesComputed(Prologue):
+    def angles(self, positions):
+        frequencies = positions[0].float()[:, None] * 100.0 ** (-torch.arange(0, 1, 2 / HEAD_DIM))
+        dtype = self.cos_sin_cache.dtype
+        return frequencies.cos().to(dtype).unsqueeze(1), frequencies.sin().to(dtype).unsqueeze(1)
+
+
+@spelling
+class AnglesByModuloPositions(Prologue):
+    """The odd step stays outside the call: positions are taken after it."""
+
+    def angles(self, positions):
+        return super().angles(positions % 7)
+
+
+@spelling
+class SlotsModulo(Prologue):
+    """A ring buffer: slots are taken after the modulo."""
+
+    def store(self, cache, slots, value):
+        super().store(cache, slots * 5 % SLOTS, value)
+
+
+@spelling
+class QueryScaled(Prologue):
+    def consume(self, q, k, v, k_cache, v_cache):
+        return self.o_proj((q * 0.25).flatten(1))
+
+
+@spelling
+class KeyReturned(Prologue):
+    def consume(self, q, k, v, k_cache, v_cache):
+        return super().consume(q, k, v, k_cache, v_cache), k.clone(), v.clone()
+
+
+@spelling
+class FreshAttention(Prologue):
+    """Prefill attention on the fresh key and value."""
+
+    def consume(self, q, k, v, k_cache, v_cache):
+        q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return self.o_proj(out.squeeze(0).transpose(0, 1).flatten(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_fuses(name, dtype):
+    report = assert_fuses(SPELLINGS[name](dtype), arguments(dtype=dtype), count=1)
+    read = report.fused[0].facts
+    assert (read["num_heads"], read["num_kv_heads"], read["head_dim"]) == (NUM_HEADS, NUM_KV_HEADS, HEAD_DIM)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 4, 13])
+def test_fuses_at_any_number_of_tokens(tokens):
+    assert_fuses(Prologue(), arguments(tokens), count=1)
+
+
+def read_of(name):
+    return assert_fuses(SPELLINGS[name](), arguments(), count=1).fused[0].facts
+
+
+def test_reads_mrope():
+    read = read_of("Plain")
+    assert read["mrope_section"] == list(SECTION)
+    assert read["mrope_interleaved"] is True
+    assert read["angles"] == "table"
+    assert read["projection"] == "packed"
+
+
+def test_reads_sections():
+    assert read_of("AnglesSectioned")["mrope_interleaved"] is False
+
+
+def test_keeps_rows_that_no_table_holds():
+    assert read_of("AnglesComputed")["angles"] == "rows"
+
+
+def test_reads_gemma_and_eps():
+    assert read_of("NormGemma")["norm"] == {"q_eps": EPS, "k_eps": EPS, "gemma": True}
+
+
+def test_reads_no_norm():
+    assert read_of("NoNorm")["norm"] is None
+
+
+def test_reads_partial_rotary():
+    assert read_of("PartialRotary")["rotary_dim"] == HEAD_DIM // 2
+
+
+def test_reads_gpt_j():
+    assert read_of("GptJ")["rope"] == "gpt-j"
+
+
+def test_asks_for_fresh_keys_only_where_they_are_used():
+    assert read_of("KeyReturned")["return_k"] is True
+    assert read_of("FreshAttention")["return_k"] is True
+    assert read_of("Plain")["return_k"] is False

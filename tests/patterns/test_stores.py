@@ -1,0 +1,189 @@
+"""Where each element lands: cache layouts, dtypes and index forms."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from prologue import HEAD_DIM, NUM_KV_HEADS, SLOTS, Prologue, arguments
+
+from fx_fusion.testing import assert_declines, assert_fuses
+
+BLOCK = 8
+PAGES = SLOTS // BLOCK
+
+
+class Flat(Prologue):
+    """[slots, Hk * D]"""
+
+    shape = (SLOTS, NUM_KV_HEADS * HEAD_DIM)
+
+    def store(self, cache, slots, value):
+        cache[slots] = value.flatten(1)
+
+
+class PagedNHD(Prologue):
+    """[blocks, block_size, Hk, D], a slot"""
+
+    shape = (PAGES, BLOCK, NUM_KV_HEADS, HEAD_DIM)
+
+    def store(self, cache, slots, value):
+        cache.view(-1, NUM_KV_HEADS, HEAD_DIM)[slots] = value
+
+
+class PagedNHDByBlock(PagedNHD):
+    """[blocks, block_size, Hk, D], a block and an offset"""
+
+    def store(self, cache, slots, value):
+        cache[slots // BLOCK, slots % BLOCK] = value
+
+
+class PagedHND(Prologue):
+    """[blocks, Hk, block_size, D]"""
+
+    shape = (PAGES, NUM_KV_HEADS, BLOCK, HEAD_DIM)
+
+    def store(self, cache, slots, value):
+        cache[slots // BLOCK, :, slots % BLOCK] = value
+
+
+class LanesOutside(Prologue):
+    """[Hk, D, slots]: lanes far apart"""
+
+    shape = (NUM_KV_HEADS, HEAD_DIM, SLOTS)
+
+    def store(self, cache, slots, value):
+        cache.permute(2, 0, 1)[slots] = value
+
+
+class ByIndexPut(Prologue):
+    shape = (SLOTS, NUM_KV_HEADS, HEAD_DIM)
+
+    def store(self, cache, slots, value):
+        cache.index_put_((slots,), value)
+
+
+class ByIndexCopy(Prologue):
+    shape = (SLOTS, NUM_KV_HEADS, HEAD_DIM)
+
+    def store(self, cache, slots, value):
+        cache.index_copy_(0, slots, value)
+
+
+class NegativeSlots(Prologue):
+    """PyTorch counts a negative index from the end, and so must the call."""
+
+    shape = (SLOTS, NUM_KV_HEADS, HEAD_DIM)
+
+    def store(self, cache, slots, value):
+        cache[slots - SLOTS] = value
+
+
+LAYOUTS = [Flat, PagedNHD, PagedNHDByBlock, PagedHND, LanesOutside, ByIndexPut, ByIndexCopy, NegativeSlots]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda cls: cls.__name__)
+def test_layouts(layout):
+    assert_fuses(layout(), arguments(cache=layout.shape), count=1)
+
+
+def test_reads_a_block_and_an_offset():
+    report = assert_fuses(PagedHND(), arguments(cache=PagedHND.shape), count=1)
+    read = report.fused[0].facts
+    assert read["addressed_by"] == "block and offset"
+    assert read["cache_size"] == [str(size) for size in (PAGES, BLOCK, NUM_KV_HEADS, HEAD_DIM)]
+    strides = (NUM_KV_HEADS * BLOCK * HEAD_DIM, HEAD_DIM, BLOCK * HEAD_DIM, 1)
+    assert read["cache_stride"] == [str(stride) for stride in strides]
+
+
+def test_cache_in_another_dtype():
+    x, positions, slots, k_cache, v_cache = arguments()
+    assert_fuses(Prologue(), (x, positions, slots, k_cache.half(), v_cache.half()), count=1)
+
+
+def test_cache_that_is_a_slice_of_a_larger_tensor():
+    x, positions, slots, *_ = arguments()
+    keys, values = torch.randn(3, SLOTS, NUM_KV_HEADS, HEAD_DIM), torch.randn(3, SLOTS, NUM_KV_HEADS, HEAD_DIM)
+    assert_fuses(Prologue(), (x, positions, slots, keys[1], values[2]), count=1)
+    assert_fuses(Prologue(), (x, positions, slots, keys[1], values[2]), count=1, inner="inductor")
+
+
+def test_cache_with_gaps_between_heads():
+    x, positions, slots, *_ = arguments()
+    keys, values = (torch.randn(SLOTS, NUM_KV_HEADS, 2 * HEAD_DIM)[..., HEAD_DIM:] for _ in range(2))
+    assert_fuses(Prologue(), (x, positions, slots, keys, values), count=1)
+    assert_fuses(Prologue(), (x, positions, slots, keys, values), count=1, inner="inductor")
+
+
+class Accumulates(Prologue):
+    def store(self, cache, slots, value):
+        cache.index_put_((slots,), value, accumulate=True)
+
+
+class Masked(Prologue):
+    def store(self, cache, slots, value):
+        cache[slots >= 0] = value
+
+
+class SlotsDiffer(Prologue):
+    def forward(self, x, positions, slots, k_cache, v_cache):
+        self.calls = 0
+        return super().forward(x, positions, slots, k_cache, v_cache)
+
+    def store(self, cache, slots, value):
+        self.calls += 1
+        cache[slots if self.calls == 1 else slots.flip(0)] = value
+
+
+class HeadsSwapped(Prologue):
+    """Heads are stored in the order of lanes: not the heads of one token, side by side."""
+
+    def store(self, cache, slots, value):
+        cache[slots] = value.flip(1)
+
+
+class Broadcast(Prologue):
+    def store(self, cache, slots, value):
+        cache[slots] = value[:1]
+
+
+class OldCacheRead(Prologue):
+    """Something reads the cache from before the store, after it."""
+
+    def forward(self, x, positions, slots, k_cache, v_cache):
+        before = k_cache.clone()
+        out = super().forward(x, positions, slots, k_cache, v_cache)
+        return out, before * 2
+
+
+class OnlyKeys(Prologue):
+    def forward(self, x, positions, slots, k_cache, v_cache):
+        q, k, _ = self.split(self.project(x))
+        cos, sin = self.angles(positions)
+        k = self.rotate(self.norm(k, self.k_weight), cos, sin)
+        self.store(k_cache, slots, k)
+        return self.rotate(self.norm(q, self.q_weight), cos, sin)
+
+
+@pytest.mark.parametrize(
+    ("cls", "code"),
+    [
+        (Accumulates, "store.accumulates"),
+        (SlotsDiffer, "store.slots_differ"),
+        (HeadsSwapped, "store.layout"),
+        (Broadcast, "store.value_broadcast"),
+        (OldCacheRead, "store.old_cache_read"),
+        (OnlyKeys, "store.unpaired"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_declines(cls, code):
+    report = assert_declines(cls(), arguments(), code=code)
+    layer = next(layer for layer in report.declined if layer.code == code)
+    assert layer.reason
+    assert ".py:" in (layer.source or "")
+
+
+def test_declines_a_mask_as_index():
+    x, positions, _, *_ = arguments(tokens=5)
+    k_cache, v_cache = torch.randn(2, 5, NUM_KV_HEADS, HEAD_DIM)
+    assert_declines(Masked(), (x, positions, torch.arange(5), k_cache, v_cache), code="store.index")
