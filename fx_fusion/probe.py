@@ -32,23 +32,20 @@ class Probe:
         return self.sizes.shape(self.branch.data.meta["val"])
 
     @property
-    def columns(self) -> int:
-        """Width of the projection's output."""
-        return self.data_shape[-1]
+    def tokens(self) -> int:
+        return torch.Size(self.sizes.shape(self.branch.projection.meta["val"])[:-1]).numel()
 
     @property
-    def tokens(self) -> int:
-        return torch.Size(self.data_shape[:-1]).numel()
+    def columns(self) -> int:
+        """Values that the data holds of one token."""
+        return torch.Size(self.data_shape).numel() // self.tokens
 
     def leaf_shape(self, leaf: Node) -> tuple[int, ...]:
         return self.sizes.shape(leaf.meta["val"])
 
     def random_leaves(self, generator: torch.Generator) -> dict[Node, torch.Tensor]:
-        """Distinct values in [0.5, 1.5) for every leaf: no zero, no symmetry, nothing that cancels."""
-        return {
-            leaf: torch.rand(self.leaf_shape(leaf), generator=generator, dtype=torch.float64) + 0.5
-            for leaf in self.leaves
-        }
+        """Values in [0.5, 1.5) for every leaf: no zero, no symmetry, and within a leaf no two close to each other."""
+        return {leaf: _apart(self.leaf_shape(leaf), generator) for leaf in self.leaves}
 
     def run(
         self,
@@ -59,6 +56,12 @@ class Probe:
         """The branch's result for `data` of shape [tokens, columns], which may be narrower than its own shape."""
         inputs = {**leaves, self.branch.data: data.reshape(self.data_shape)}
         return evaluate([self.branch.out], inputs, self.sizes, arithmetic)[0]
+
+
+def _apart(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    count = torch.Size(shape).numel()
+    jitter = torch.rand(count, generator=generator, dtype=torch.float64) / 2
+    return ((torch.randperm(count, generator=generator) + jitter) / count + 0.5).reshape(shape)
 
 
 class Frontier(enum.Enum):
@@ -107,7 +110,9 @@ def _origins(node: Node, frontier: Frontier) -> list[Node]:
 
 
 def _is_one_plus(node: Node) -> bool:
-    return node.target in (opset.aten.add.Tensor, opset.aten.add.Scalar) and node.args[1] == 1 and not node.kwargs
+    if node.target not in (opset.aten.add.Tensor, opset.aten.add.Scalar) or node.kwargs:
+        return False
+    return isinstance(node.args[1], (int, float)) and node.args[1] == 1
 
 
 def _is_constant(node: Node) -> bool:

@@ -37,8 +37,12 @@ class Store:
 
 @dataclass(frozen=True)
 class Branch:
-    """The computation from ``data`` to ``out``: ``nodes`` depend on data (``data`` itself excluded), in graph order."""
+    """The computation from ``data`` to ``out``: ``nodes`` depend on data (``data`` itself excluded), in graph order.
 
+    ``projection`` is the earliest value that data could have been: its last dimension holds the columns of one token.
+    """
+
+    projection: Node
     data: Node
     out: Node
     nodes: tuple[Node, ...]
@@ -101,11 +105,11 @@ def pair_stores(facts: Facts, stores: Sequence[Store]) -> tuple[list[tuple[Store
     return pairs, [store for i, store in enumerate(stores) if i not in met]
 
 
-def branch_between(facts: Facts, data: Node, out: Node) -> Branch:
+def branch_between(facts: Facts, projection: Node, data: Node, out: Node) -> Branch:
     nodes = tuple(node for node in facts.between(data, [out]) if node is not data)
     inside = {data, *nodes}
     frontier = dict.fromkeys(p for node in nodes for p in node.all_input_nodes if p not in inside)
-    return Branch(data, out, nodes, tuple(frontier))
+    return Branch(projection, data, out, nodes, tuple(frontier))
 
 
 def data_cuts(facts: Facts, origin: Node, out: Node) -> list[Node]:
@@ -292,7 +296,7 @@ def branch_key(facts: Facts, branch: Branch, leaves: Sequence[Node]) -> tuple[An
     Nodes are numbered in order of use, so names do not matter, and which operands are one node does.
     """
     local: dict[Node, int] = {}
-    described: list[Any] = []
+    described: list[Any] = [_describe(branch.projection)]
     for leaf in (branch.data, *leaves):
         local[leaf] = len(local)
         described.append(_describe(leaf))

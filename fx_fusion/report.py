@@ -149,6 +149,11 @@ class Reports:
         self._accept(report)
         self._seen = self.snapshot()
 
+    def clear(self) -> None:
+        """Forget what was compiled so far, as :func:`last_report` sees it."""
+        self._latest = None
+        self._seen = self.snapshot()
+
     def snapshot(self) -> dict[str, int]:
         """How often each report's graph was compiled or loaded so far."""
         return {name: count for name, count in counters["inductor"].items() if name.startswith(_COUNTER)}

@@ -186,7 +186,7 @@ def _attempts(facts: Facts, origin: Node, outs: Sequence[Node], memo: Memo) -> I
             yield decline
             continue
         for data in cuts[:_CUTS]:
-            yield _attempt(facts, branch_between(facts, data, out), memo)
+            yield _attempt(facts, branch_between(facts, cuts[0], data, out), memo)
 
 
 def _attempt(facts: Facts, branch: Branch, memo: Memo) -> Attempt:
@@ -232,7 +232,7 @@ def _memoised(facts: Facts, branch: Branch, memo: Memo) -> RotatedHeads:
 
 
 def _tokens(branch: Branch, sizes: Sizes) -> int:
-    return torch.Size(sizes.shape(branch.data.meta["val"])[:-1]).numel()
+    return torch.Size(sizes.shape(branch.projection.meta["val"])[:-1]).numel()
 
 
 def _check_escapes(facts: Facts, branch: Branch) -> None:
@@ -316,7 +316,7 @@ def _symbolic_grid(key: Branch, heads: RotatedHeads) -> tuple[int | torch.SymInt
         shape = key.out.meta["val"].shape
         return shape[heads.token_dims[0]], shape[heads.token_dims[1]]
     tokens = 1
-    for size in key.data.meta["val"].shape[:-1]:
+    for size in key.projection.meta["val"].shape[:-1]:
         tokens = tokens * size
     return 1, tokens
 

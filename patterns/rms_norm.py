@@ -62,25 +62,26 @@ def read_owners(probe: Probe, heads: Heads, leaves: Leaves, generator: torch.Gen
     measured = ranked.values.reshape(blocks, heads.head_dim)
     expected = magnitude.sort()
     if not bool(((measured - expected.values[:, None]).abs() < 1e-7 * expected.values[:, None]).all()):
-        raise _not_per_head(probe, heads, leaves, generator)
+        found = "near zero, a head's result does not grow with that head alone: is there no positive eps?"
+        raise Decline("norm.eps", found, [probe.branch.out])
     owners = torch.empty(ratio.numel(), dtype=torch.long)
     owners[ranked.indices] = expected.indices.repeat_interleave(heads.head_dim)
     return owners
 
 
-def _not_per_head(probe: Probe, heads: Heads, leaves: Leaves, generator: torch.Generator) -> Decline:
-    """Say how far one input element reaches: poison one and count the results that become NaN."""
+def check_per_head(
+    probe: Probe, heads: Heads, leaves: Leaves, owners: torch.Tensor, generator: torch.Generator
+) -> None:
+    """Poison one element of each token's first head: no other head may feel it."""
     data = torch.randn(probe.tokens, probe.columns, generator=generator, dtype=torch.float64)
-    data[0, heads.offset] = math.nan
-    reached = int(probe.run(data, leaves).isnan().sum())
-    if reached > heads.head_dim:
+    data[:, heads.offset] = math.nan
+    reached = probe.run(data, leaves).isnan().reshape(-1)
+    if bool((reached & (owners % heads.num_heads != 0)).any()):
         found = (
-            f"one column reaches {reached} results, head_dim is {heads.head_dim}: "
-            f"the norm spans more than one head (the projection has {heads.num_heads * heads.head_dim} columns)"
+            f"one column reaches {int(reached.sum()) // probe.tokens} results, head_dim is {heads.head_dim}: "
+            f"the norm spans more than one head"
         )
-        return Decline("norm.not_per_head", found, [probe.branch.out])
-    found = f"one column reaches {reached} results, but a head's result does not scale with that head alone near zero"
-    return Decline("norm.eps", found, [probe.branch.out])
+        raise Decline("norm.not_per_head", found, [probe.branch.out])
 
 
 def place_heads(rest: torch.Tensor, heads: Heads, values: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from fx_fusion.certificate import certify
 from fx_fusion.decline import Decline
 from fx_fusion.kernels import reference
 from fx_fusion.patterns.mrope import Lanes, Rope, read_couplings, read_rope
-from fx_fusion.patterns.rms_norm import Norm, is_normalised, read_eps, read_owners, read_weight
+from fx_fusion.patterns.rms_norm import Norm, check_per_head, is_normalised, read_eps, read_owners, read_weight
 from fx_fusion.patterns.split import Heads, read_columns, read_heads, take_heads
 from fx_fusion.probe import Frontier, Probe, find_leaves
 from fx_fusion.proof import prove
@@ -103,6 +103,7 @@ def _read_heads(probe: Probe, heads: Heads) -> RotatedHeads:
     leaves = probe.random_leaves(generator)
     normalised = is_normalised(probe, leaves, generator)
     owners = read_owners(probe, heads, leaves, generator)
+    check_per_head(probe, heads, leaves, owners, generator)
     token_dims, heads_first = _read_layout(probe, heads, owners)
     eps = read_eps(probe, heads, leaves, owners, generator) if normalised else None
     weight, gemma = read_weight(probe, heads, leaves, generator)

@@ -15,7 +15,7 @@ from fx_fusion.probe import Probe
 
 @dataclass(frozen=True)
 class Heads:
-    """Head h, lane l of a token is column ``offset + h * stride + l`` of a projection's output, `width` columns wide."""
+    """Head h, lane l of a token is column ``offset + h * stride + l`` of the `width` that the data has of it."""
 
     num_heads: int
     head_dim: int

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fx_fusion.report import REPORTS
+
 
 @pytest.fixture(autouse=True)
 def fresh(tmp_path, monkeypatch):
@@ -13,6 +15,7 @@ def fresh(tmp_path, monkeypatch):
     for name in ("FX_FUSION_KERNEL", "FX_FUSION_DISABLE", "FX_FUSION_FUEL"):
         monkeypatch.delenv(name, raising=False)
     torch._dynamo.reset()
+    REPORTS.clear()
     torch.manual_seed(0)
     yield
     torch._dynamo.reset()

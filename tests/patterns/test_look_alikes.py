@@ -41,13 +41,6 @@ class LayerNorm(Prologue):
 
 
 @look_alike("norm.eps")
-class LayerNormWrittenOut(Prologue):
-    def norm(self, x, weight):
-        centred = x - x.mean(-1, keepdim=True)
-        return centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + EPS) * weight
-
-
-@look_alike("norm.eps")
 class EpsOutsideTheRoot(Prologue):
     def norm(self, x, weight):
         return x / (x.pow(2).mean(-1, keepdim=True).sqrt() + EPS) * weight
@@ -69,7 +62,7 @@ class EpsInABuffer(Prologue):
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * weight
 
 
-@look_alike("rope.not_a_rotation")
+@look_alike("rope.missing")
 class NormAfterTheRotation(Prologue):
     def forward(self, x, positions, slots, k_cache, v_cache):
         q, k, v = self.split(self.project(x))
@@ -212,6 +205,14 @@ def test_norm_over_the_projection_says_what_was_measured():
     assert f"reaches {NUM_KV_HEADS * HEAD_DIM} results, head_dim is {HEAD_DIM}" in str(report)
 
 
+class LayerNormWrittenOut(Prologue):
+    """Centring is left outside; the rest is an RMSNorm."""
+
+    def norm(self, x, weight):
+        centred = x - x.mean(-1, keepdim=True)
+        return centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + EPS) * weight
+
+
 class ClampBeforeTheNorm(Prologue):
     def project(self, x):
         return super().project(x).clamp(-0.1, 0.1)
@@ -235,7 +236,9 @@ class PositionsClamped(Prologue):
 
 
 @pytest.mark.parametrize(
-    "cls", [ClampBeforeTheNorm, ValueScaled, ValueClamped, PositionsClamped], ids=lambda cls: cls.__name__
+    "cls",
+    [LayerNormWrittenOut, ClampBeforeTheNorm, ValueScaled, ValueClamped, PositionsClamped],
+    ids=lambda cls: cls.__name__,
 )
 def test_odd_step_stays_outside(cls):
     assert_fuses(cls(), arguments(), count=1)
