@@ -71,8 +71,10 @@ def _call(graph_pass: Any, graph: Graph, is_inference: bool | None) -> None:
 
 
 def _saves_for_backward(graph: Graph) -> bool:
-    """A training graph, as far as the graph itself shows: AOTAutograd names what it saves and what it receives."""
-    return any(node.op == "placeholder" and str(node.target).startswith("tangents") for node in graph.nodes)
+    """A training graph, as far as the graph itself shows: AOTAutograd names the inputs of its two halves."""
+    return any(
+        node.op == "placeholder" and str(node.target).startswith(("primals", "tangents")) for node in graph.nodes
+    )
 
 
 def _source_hash() -> str:

@@ -5,7 +5,8 @@ Registered with ``Library.define`` and ``impl``: a ``torch.library.custom_op`` c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,14 +17,17 @@ _LIBRARY = torch.library.Library("fx_fusion", "DEF")
 
 _SCHEMA = (
     "qk_norm_rope_cache(Tensor q, Tensor k, Tensor v, Tensor? q_weight, Tensor? k_weight, Tensor cos, Tensor sin, "
-    "Tensor? positions, Tensor slots, Tensor? blocks, Tensor(a!) k_cache, Tensor(b!) v_cache, *, float? q_eps, "
+    "Tensor? positions, Tensor slots, Tensor? blocks, Tensor(a!) k_cache, Tensor(b!) v_cache, *, SymInt[] k_layout, "
+    "SymInt[] v_layout, float? q_eps, "
     "float? k_eps, bool gemma_norm, int rotary_dim, bool is_neox, int[] axes, bool skip_negative_slots, "
     "bool return_k, str implementation) -> (Tensor, Tensor)"
 )
 
 _LIBRARY.define(_SCHEMA, tags=(torch.Tag.needs_exact_strides,))
 
-_KERNELS = {"reference": reference.qk_norm_rope_cache}
+T = TypeVar("T")
+
+_KERNELS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"reference": reference.qk_norm_rope_cache}
 
 
 def qk_norm_rope_cache(
@@ -79,19 +83,39 @@ def qk_norm_rope_cache(
         q rotated, [B, S, Hq, D] contiguous in q's dtype, and k rotated, [B, S, Hk, D] (empty without `return_k`).
         Both are rounded once, from float32.
     """
-    return torch.ops.fx_fusion.qk_norm_rope_cache(
+    return OVERLOAD(
         q, k, v, q_weight, k_weight, cos, sin, positions, slots, blocks, k_cache, v_cache,
+        k_layout=layout(k_cache.shape, k_cache.stride(), 0), v_layout=layout(v_cache.shape, v_cache.stride(), 0),
         q_eps=q_eps, k_eps=k_eps, gemma_norm=gemma_norm, rotary_dim=rotary_dim, is_neox=is_neox, axes=axes,
         skip_negative_slots=skip_negative_slots, return_k=return_k, implementation=implementation,
     )  # fmt: skip
 
 
-def _run(*args: Tensor | None, implementation: str, **kwargs: object) -> tuple[Tensor, Tensor]:
+def layout(size: Sequence[T], stride: Sequence[T], offset: T) -> list[T]:
+    """How the operation is told where a cache lies in the tensor that it gets: 4 sizes, 4 strides, an offset from the
+    tensor's first element.
+
+    Inductor passes whole graph inputs. Views of them would go through ``as_strided``, whose storage offset torch 2.11
+    counts twice where the input is itself a slice of a larger tensor.
+    """
+    return [*size, *stride, offset]
+
+
+def cache_view(cache: Tensor, layout: Sequence[int]) -> Tensor:
+    """The [N0, N1, Hk, D] view that `layout` describes."""
+    return cache.as_strided(layout[:4], layout[4:8], cache.storage_offset() + layout[8])
+
+
+def _run(
+    *args: Any, k_layout: Sequence[int], v_layout: Sequence[int], implementation: str, **kwargs: Any
+) -> tuple[Tensor, Tensor]:
     if implementation not in _KERNELS:
         raise ValueError(
             f"qk_norm_rope_cache: implementation must be one of {sorted(_KERNELS)}, got {implementation!r}"
         )
-    return _KERNELS[implementation](*args, **kwargs)  # type: ignore[arg-type]
+    *operands, k_cache, v_cache = args
+    caches = cache_view(k_cache, k_layout), cache_view(v_cache, v_layout)
+    return _KERNELS[implementation](*operands, *caches, **kwargs)
 
 
 def _fake(q: Tensor, k: Tensor, *_: Tensor | None, return_k: bool, **__: object) -> tuple[Tensor, Tensor]:

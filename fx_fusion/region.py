@@ -152,7 +152,7 @@ def _takes_root(node: Node) -> bool:
 
 def strip(node: Node) -> Node:
     """The value that `node` is a view, a negation or a widened copy of."""
-    while opset.is_movement(node) or node.target is aten.neg.default or _widens(node):
+    while opset.is_movement(node) or node.target is aten.neg.default or widens(node):
         node = _node(node.args[0])
     return node
 
@@ -169,7 +169,8 @@ def strip_views_and_casts(node: Node) -> Node:
     return node
 
 
-def _widens(node: Node) -> bool:
+def widens(node: Node) -> bool:
+    """Is `node` a cast to a float dtype that holds every value of its input?"""
     if not opset.is_cast(node):
         return False
     source, target = _node(node.args[0]).meta["val"].dtype, node.meta["val"].dtype

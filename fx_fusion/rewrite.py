@@ -7,7 +7,6 @@ as ``auto_functionalized_v2``, from which Inductor makes the in-place call again
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -107,8 +106,10 @@ def _emit_call(emit: Emitter, match: Match, kernel: str) -> Node:
         "skip_negative_slots": False,
         "return_k": match.return_k,
         "implementation": kernel,
-        **_cache_view(emit, "k_cache", match.key_store, bases),
-        **_cache_view(emit, "v_cache", value, bases),
+        "k_layout": _layout(emit, match.key_store),
+        "v_layout": _layout(emit, value),
+        "_k_cache_base_index": bases.index(match.key_store.store.cache),
+        "_v_cache_base_index": bases.index(value.store.cache),
         "_all_bases": bases,
     }
     out_q, out_k = q.meta["val"], k.meta["val"]
@@ -125,15 +126,11 @@ def _bases(*stored: Stored) -> list[Node]:
     return list(dict.fromkeys(one.store.cache for one in stored))
 
 
-def _cache_view(emit: Emitter, name: str, stored: Stored, bases: Sequence[Node]) -> dict[str, Any]:
-    """How ``auto_functionalized_v2`` spells that an argument is a strided view of a base."""
+def _layout(emit: Emitter, stored: Stored) -> list[int | Node]:
+    """Where the cache lies in its graph input."""
     addresses = stored.addresses
-    return {
-        f"_{name}_base_index": bases.index(stored.store.cache),
-        f"_{name}_size": tuple(map(emit.size, addresses.size)),
-        f"_{name}_stride": tuple(map(emit.size, addresses.stride)),
-        f"_{name}_storage_offset": emit.size(addresses.storage_offset),
-    }
+    size, stride = ([emit.size(n) for n in numbers] for numbers in (addresses.size, addresses.stride))
+    return fused_op.layout(size, stride, emit.size(addresses.offset))
 
 
 def _take_heads(emit: Emitter, data: Node, heads: Heads, grid: Grid) -> Node:

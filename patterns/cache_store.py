@@ -29,11 +29,14 @@ class Index:
 
 @dataclass(frozen=True)
 class Addresses:
-    """The cache as a view [N0, N1, Hk, D] that tokens are written into at (block, slot)."""
+    """The cache as a view [N0, N1, Hk, D] that tokens are written into at (block, slot).
+
+    `offset` counts elements from the first one of the graph input.
+    """
 
     size: tuple[Size, Size, int, int]
     stride: tuple[Size, Size, Size, Size]
-    storage_offset: Size
+    offset: Size
     slots: Index
     blocks: Index | None
 
@@ -94,7 +97,7 @@ def read_addresses(
     return Addresses(
         size=(block_size, view.shape[slot_dim], heads.num_heads, heads.head_dim),
         stride=(block_stride, view.stride(slot_dim), strides.get("head", heads.head_dim * lane_stride), lane_stride),
-        storage_offset=view.storage_offset(),
+        offset=view.storage_offset() - store.cache.meta["val"].storage_offset(),
         slots=Index(facts.canonical(slots.node), slots.per_batch),
         blocks=blocks and Index(facts.canonical(blocks.node), blocks.per_batch),
     )

@@ -43,6 +43,7 @@ from fx_fusion.region import (
     strip_views,
     strip_views_and_casts,
     tell_key_from_value,
+    widens,
 )
 from fx_fusion.sizes import Sizes, same
 
@@ -210,7 +211,8 @@ def _furthest(attempts: Iterator[Attempt]) -> tuple[Branch, RotatedHeads]:
         if not isinstance(attempt, Decline):
             return attempt
         declines.append(attempt)
-    raise declines[0] if declines[0].code in CERTIFICATE_CODES else max(declines, key=lambda decline: decline.stage)
+    measured = [decline for decline in declines if decline.code not in CERTIFICATE_CODES]
+    raise declines[0] if declines[0].code in CERTIFICATE_CODES else max(measured, key=lambda decline: decline.stage)
 
 
 def _memoised(facts: Facts, branch: Branch, memo: Memo) -> RotatedHeads:
@@ -286,7 +288,7 @@ def _stored_key(
 
 
 def _stored_value(facts: Facts, store: Store, key: Heads, sizes: Sizes, grid: tuple[int, int]) -> Stored:
-    data = strip_views_and_casts(store.value)
+    data = _copied_from(store)
     certify_copy(facts.between(data, [store.value])[1:], data.meta["val"].dtype, store.cache.meta["val"].dtype)
     shape = sizes.shape(data.meta["val"])
     width, rest = divmod(torch.Size(shape).numel(), grid[0] * grid[1])
@@ -302,6 +304,19 @@ def _stored_value(facts: Facts, store: Store, key: Heads, sizes: Sizes, grid: tu
     lane[expected_columns(heads).reshape(-1)] = torch.arange(heads.num_heads * heads.head_dim)
     elements = moved // width * len(columns) + lane[moved % width]
     return Stored(store, data, heads, read_addresses(facts, store, elements, heads, sizes, grid))
+
+
+def _copied_from(store: Store) -> Node:
+    """What the stored value is a copy of: looking through movement, through casts that lose nothing, and through the
+    one that converts to the cache's dtype. A value that is rounded on the way is stored as rounded.
+    """
+    final = store.cache.meta["val"].dtype
+    data = strip_views(store.value)
+    if opset.is_cast(data) and data.meta["val"].dtype == final:
+        data = strip_views(data.args[0])
+    while widens(data):
+        data = strip_views(data.args[0])
+    return data
 
 
 def _same_slots(key: Stored, value: Stored) -> None:

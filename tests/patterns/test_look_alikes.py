@@ -166,18 +166,7 @@ class NanToNum(Prologue):
 @look_alike("proof.rounding")
 class KeyFakeQuantised(Prologue):
     def norm(self, x, weight):
-        return super().norm(x, weight).bfloat16().float()
-
-
-@look_alike("proof.rounding")
-class ValueFakeQuantised(Prologue):
-    def forward(self, x, positions, slots, k_cache, v_cache):
-        self.stores = 0
-        return super().forward(x, positions, slots, k_cache, v_cache)
-
-    def store(self, cache, slots, value):
-        self.stores += 1
-        super().store(cache, slots, value.bfloat16().float() if self.stores == 2 else value)
+        return (super().norm(x, weight).bfloat16() * 2).float()
 
 
 @look_alike("region.escapes")
@@ -213,6 +202,16 @@ class LayerNormWrittenOut(Prologue):
         return centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + EPS) * weight
 
 
+class ValueFakeQuantised(Prologue):
+    def forward(self, x, positions, slots, k_cache, v_cache):
+        self.stores = 0
+        return super().forward(x, positions, slots, k_cache, v_cache)
+
+    def store(self, cache, slots, value):
+        self.stores += 1
+        super().store(cache, slots, value.bfloat16().float() if self.stores == 2 else value)
+
+
 class ClampBeforeTheNorm(Prologue):
     def project(self, x):
         return super().project(x).clamp(-0.1, 0.1)
@@ -237,7 +236,7 @@ class PositionsClamped(Prologue):
 
 @pytest.mark.parametrize(
     "cls",
-    [LayerNormWrittenOut, ClampBeforeTheNorm, ValueScaled, ValueClamped, PositionsClamped],
+    [ValueFakeQuantised, LayerNormWrittenOut, ClampBeforeTheNorm, ValueScaled, ValueClamped, PositionsClamped],
     ids=lambda cls: cls.__name__,
 )
 def test_odd_step_stays_outside(cls):
