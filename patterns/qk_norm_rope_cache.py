@@ -45,7 +45,7 @@ from fx_fusion.region import (
     tell_key_from_value,
     widens,
 )
-from fx_fusion.sizes import Sizes, same
+from fx_fusion.sizes import Sizes
 
 #: Where the data of a branch may begin is tried at this many places, the earliest first.
 _CUTS = 4
@@ -144,7 +144,7 @@ def read(facts: Facts, candidate: Candidate, memo: Memo) -> Match:
         raise Decline("split.layout", "query and key hold their tokens in different grids", [query.out, key.out])
     stored_key = _stored_key(facts, key_store, key, key_heads, sizes, grid)
     stored_value = _stored_value(facts, value_store, key_heads.heads, sizes, grid)
-    _same_slots(stored_key, stored_value)
+    _same_slots(stored_key, stored_value, sizes)
     return Match(
         query=query,
         query_heads=query_heads,
@@ -319,9 +319,11 @@ def _copied_from(store: Store) -> Node:
     return data
 
 
-def _same_slots(key: Stored, value: Stored) -> None:
+def _same_slots(key: Stored, value: Stored, sizes: Sizes) -> None:
+    """Blocks and slots are shared; how many there are may be two symbols for what is one number."""
     a, b = key.addresses, value.addresses
-    if (a.slots, a.blocks) != (b.slots, b.blocks) or not same(a.size, b.size):
+    blocks = [sizes.concrete(addresses.size[0]) for addresses in (a, b)]
+    if (a.slots, a.blocks) != (b.slots, b.blocks) or blocks[0] != blocks[1]:
         found = f"the key is stored at {a.slots.node} of {list(a.size)}, the value at {b.slots.node} of {list(b.size)}"
         raise Decline("store.slots_differ", found, [key.store.writer, value.store.writer])
 
