@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,6 +53,9 @@ class Emitter:
         expression = size.node.expr
         if expression.is_number:
             return int(expression)
+        return self._size_of(expression)
+
+    def _size_of(self, expression: Any) -> Node:
         if expression not in self._symbols:
             self._symbols[expression] = self._find_size(expression)
         return self._symbols[expression]
@@ -79,7 +84,13 @@ class Emitter:
             for dim, size in enumerate(value.shape):
                 if isinstance(size, torch.SymInt) and size.node.expr == expression:
                     return self.call(aten.sym_size.int, node, dim)
+        if expression.is_Add or expression.is_Mul:
+            combine = operator.add if expression.is_Add else operator.mul
+            return functools.reduce(functools.partial(self.call, combine), map(self._operand, expression.args))
         raise LookupError(f"no node of the graph holds the size {expression}")
+
+    def _operand(self, expression: Any) -> Any:
+        return int(expression) if expression.is_number else self._size_of(expression)
 
 
 def take(emit: Emitter, source: Node, grid: Sequence[Size], tail: Sequence[tuple[int, int, int, int]]) -> Node:

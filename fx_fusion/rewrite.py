@@ -112,14 +112,25 @@ def _emit_call(emit: Emitter, match: Match, kernel: str) -> Node:
         "_v_cache_base_index": bases.index(value.store.cache),
         "_all_bases": bases,
     }
-    out_q, out_k = q.meta["val"], k.meta["val"]
-    with out_q.fake_mode:
-        fresh_q = out_q.new_empty(out_q.shape)
-        fresh_k = out_k.new_empty(out_k.shape if match.return_k else (0,))
-    values = (fresh_q, fresh_k, *(base.meta["val"] for base in bases))
-    call = emit.call_with_value(auto_functionalized_v2, {}, values)
+    call = emit.call_with_value(auto_functionalized_v2, {}, _values(q, k, bases, return_k=match.return_k))
     call.args, call.kwargs = (fused_op.OVERLOAD,), arguments
     return call
+
+
+def _values(q: Node, k: Node, bases: list[Node], *, return_k: bool) -> tuple[torch.Tensor, ...]:
+    """Fake results of the call.
+
+    The caches after it get storage of their own: a fake value that shares the input's would make Inductor see the
+    reader of the new cache as a reader of the old one, and copy the cache.
+    """
+    out_q, out_k = q.meta["val"], k.meta["val"]
+    caches = [base.meta["val"] for base in bases]
+    with out_q.fake_mode:
+        return (
+            out_q.new_empty(out_q.shape),
+            out_k.new_empty(out_k.shape if return_k else (0,)),
+            *(torch.empty_strided(c.shape, c.stride(), dtype=c.dtype, device=c.device) for c in caches),
+        )
 
 
 def _bases(*stored: Stored) -> list[Node]:

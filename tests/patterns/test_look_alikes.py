@@ -209,7 +209,7 @@ class ValueFakeQuantised(Prologue):
 
     def store(self, cache, slots, value):
         self.stores += 1
-        super().store(cache, slots, value.bfloat16().float() if self.stores == 2 else value)
+        super().store(cache, slots, (value.bfloat16() * 2).float() if self.stores == 2 else value)
 
 
 class ClampBeforeTheNorm(Prologue):
