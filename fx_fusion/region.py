@@ -140,10 +140,31 @@ def data_cuts(facts: Facts, origin: Node, out: Node) -> list[Node]:
     cuts = [node for node in reversed(chain[1:]) if facts.order[node] >= first]
     if last is not None:
         cuts = [node for node in cuts if facts.order[node] < last]
+    cuts = _without_padding(cuts)
     if not cuts:
         step = blocker or out
         raise Decline("proof.not_analytic", f"{step} ({step.target}) stands between the projection and {out}", [step])
     return [cuts[0], *(node for node in cuts[1:] if not opset.is_movement(node))]
+
+
+def _without_padding(cuts: list[Node]) -> list[Node]:
+    """Inductor pads matrix products and cuts the padding off again: the data begins after the cut."""
+    start = 0
+    for i, node in enumerate(cuts):
+        if i and not opset.is_movement(node):
+            break
+        if drops_rows(node):
+            start = i
+    return cuts[start:]
+
+
+def drops_rows(node: Node) -> bool:
+    """Does `node` keep some of its input's rows (of any dimension but the last)?"""
+    if node.target is not aten.slice.Tensor:
+        return False
+    rank: int = _node(node.args[0]).meta["val"].dim()
+    dim = node.args[1] if len(node.args) > 1 else 0
+    return isinstance(dim, int) and dim % rank != rank - 1
 
 
 def _takes_root(node: Node) -> bool:
@@ -157,16 +178,18 @@ def strip(node: Node) -> Node:
     return node
 
 
-def strip_views(node: Any) -> Node:
-    while opset.is_movement(node):
+def strip_views(node: Any, *, keep_rows: bool = False) -> Node:
+    """The value that `node` is moved from; with `keep_rows`, no further than where rows are dropped."""
+    while opset.is_movement(node) and not (keep_rows and drops_rows(node)):
         node = node.args[0]
     return _node(node)
 
 
-def strip_views_and_casts(node: Node) -> Node:
-    while opset.is_movement(node) or opset.is_cast(node):
+def is_moved_from(node: Node, source: Node) -> bool:
+    """Is `node` nothing but `source`, moved and cast?"""
+    while node is not source and (opset.is_movement(node) or opset.is_cast(node)):
         node = _node(node.args[0])
-    return node
+    return node is source
 
 
 def widens(node: Node) -> bool:

@@ -39,9 +39,9 @@ from fx_fusion.region import (
     branch_key,
     data_cuts,
     find_stores,
+    is_moved_from,
     pair_stores,
     strip_views,
-    strip_views_and_casts,
     tell_key_from_value,
     widens,
 )
@@ -241,7 +241,7 @@ def _check_escapes(facts: Facts, branch: Branch) -> None:
     """A value that only the rewritten computation made must not be needed elsewhere."""
     inside = set(branch.nodes)
     for node in branch.nodes:
-        if node is branch.out or strip_views_and_casts(node) is branch.data:
+        if node is branch.out or is_moved_from(node, branch.data):
             continue
         outside = [user for user in facts.users(node) if user not in inside]
         if outside:
@@ -311,11 +311,11 @@ def _copied_from(store: Store) -> Node:
     one that converts to the cache's dtype. A value that is rounded on the way is stored as rounded.
     """
     final = store.cache.meta["val"].dtype
-    data = strip_views(store.value)
+    data = strip_views(store.value, keep_rows=True)
     if opset.is_cast(data) and data.meta["val"].dtype == final:
-        data = strip_views(data.args[0])
+        data = strip_views(data.args[0], keep_rows=True)
     while widens(data):
-        data = strip_views(data.args[0])
+        data = strip_views(data.args[0], keep_rows=True)
     return data
 
 
