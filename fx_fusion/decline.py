@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
+import torch
 from torch.fx import Node
 
 #: Every code a report can carry, with what it means. ``docs/declines.md`` is generated from this table.
@@ -80,13 +82,14 @@ class Decline(Exception):
         return STAGES.index(self.code.split(".")[0])
 
 
+_TORCH = str(Path(torch.__file__).parent)
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
 
 
 def source_line(node: Node) -> str | None:
-    """``file:line`` of the innermost user frame that made `node`, or None if the trace kept none."""
-    trace = node.meta.get("stack_trace")
-    frames = _FRAME.findall(trace) if trace else []
+    """``file:line`` of the innermost frame outside torch that made `node`, or None if the trace kept none."""
+    trace = node.meta.get("stack_trace") or ""
+    frames = [(file, line) for file, line in _FRAME.findall(trace) if not file.startswith(_TORCH)]
     return f"{frames[-1][0]}:{frames[-1][1]}" if frames else None
 
 

@@ -102,8 +102,8 @@ def _read_heads(probe: Probe, heads: Heads) -> RotatedHeads:
     generator = torch.Generator().manual_seed(0)
     leaves = probe.random_leaves(generator)
     normalised = is_normalised(probe, leaves, generator)
+    check_per_head(probe, heads, leaves, generator)
     owners = read_owners(probe, heads, leaves, generator)
-    check_per_head(probe, heads, leaves, owners, generator)
     token_dims, heads_first = _read_layout(probe, heads, owners)
     eps = read_eps(probe, heads, leaves, owners, generator) if normalised else None
     weight, gemma = read_weight(probe, heads, leaves, generator)

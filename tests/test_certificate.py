@@ -1,0 +1,143 @@
+"""Which steps may lie on a path that is proved by sampling; and the reference against mutated regions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from prologue import HEAD_DIM, Prologue, arguments
+
+from fx_fusion import certificate, proof
+from fx_fusion.decline import Decline
+from fx_fusion.opset import aten, prims
+from fx_fusion.region import Branch
+
+
+def branch(build, dtype=torch.float32):
+    """The branch that `build` makes of one [3, 8] placeholder."""
+    graph = torch.fx.Graph()
+    data = graph.placeholder("data")
+    data.meta["val"] = torch.zeros(3, 8, dtype=dtype)
+
+    def call(target, *args):
+        node = graph.call_function(target, args)
+        concrete = torch.fx.node.map_arg(args, lambda n: n.meta["val"])
+        node.meta["val"] = target(*concrete)
+        return node
+
+    out = build(call, data)
+    nodes = tuple(node for node in graph.nodes if node is not data)
+    return Branch(data, data, out, nodes, ())
+
+
+def mean_square(call, x):
+    return call(aten.mean.dim, call(aten.mul.Tensor, x, x), [-1], True)
+
+
+def inverse_root(call, x):
+    return call(aten.rsqrt.default, call(aten.add.Tensor, mean_square(call, x), 1e-6))
+
+
+def square(call, x):
+    return call(aten.mul.Tensor, x, x)
+
+
+ANALYTIC = {
+    "norm": lambda call, x: call(aten.mul.Tensor, x, inverse_root(call, x)),
+    "power": lambda call, x: call(aten.pow.Tensor_Scalar, x, 3),
+    "inverse root as power": lambda call, x: call(aten.pow.Tensor_Scalar, mean_square(call, x), -0.5),
+    "roll": lambda call, x: call(aten.roll.default, x, [1], [1]),
+}
+
+NOT_ANALYTIC = {
+    "absolute value": lambda call, x: call(aten.abs.default, x),
+    "clamp": lambda call, x: call(aten.clamp.default, x, -1.0, 1.0),
+    "round": lambda call, x: call(aten.round.default, x),
+    "maximum": lambda call, x: call(aten.maximum.default, x, x),
+    "root of a square": lambda call, x: call(aten.sqrt.default, square(call, x)),
+    "root of a square and eps": lambda call, x: call(aten.sqrt.default, call(aten.add.Tensor, square(call, x), 1e-30)),
+    "root as power": lambda call, x: call(aten.pow.Tensor_Scalar, square(call, x), 0.5),
+    "root of a sum of one": lambda call, x: call(
+        aten.sqrt.default, call(aten.sum.dim_IntList, call(aten.unsqueeze.default, x, -1), [-1])
+    ),
+    "softplus": lambda call, x: call(aten.softplus.default, x),
+}
+
+
+@pytest.mark.parametrize("name", ANALYTIC)
+def test_analytic(name):
+    certificate.certify(branch(ANALYTIC[name]))
+
+
+@pytest.mark.parametrize("name", NOT_ANALYTIC)
+def test_not_analytic(name):
+    with pytest.raises(Decline) as declined:
+        certificate.certify(branch(NOT_ANALYTIC[name]))
+    assert declined.value.code == "proof.not_analytic"
+
+
+@pytest.mark.parametrize(
+    ("data", "middle", "code"),
+    [
+        (torch.float32, torch.bfloat16, "proof.rounding"),
+        (torch.bfloat16, torch.float16, "proof.rounding"),
+        (torch.float32, torch.float64, "proof.rounding"),
+        (torch.bfloat16, torch.float32, None),
+        (torch.float32, torch.int32, "proof.not_analytic"),
+    ],
+)
+def test_rounding(data, middle, code):
+    def build(call, x):
+        return call(prims.convert_element_type.default, call(prims.convert_element_type.default, x, middle), data)
+
+    if code is None:
+        certificate.certify(branch(build, data))
+        return
+    with pytest.raises(Decline) as declined:
+        certificate.certify(branch(build, data))
+    assert declined.value.code == code
+
+
+def test_output_in_another_dtype():
+    with pytest.raises(Decline) as declined:
+        certificate.certify(
+            branch(lambda call, x: call(prims.convert_element_type.default, x, torch.float32), torch.bfloat16)
+        )
+    assert declined.value.code == "rope.output_dtype"
+
+
+@pytest.mark.parametrize("change", ["eps", "sign", "lane"])
+def test_proof_refuses_a_wrong_reading(monkeypatch, change):
+    """Whatever the readers say, a reference that differs from the region is refused."""
+    from fx_fusion.kernels import reference
+    from fx_fusion.testing import assert_declines
+
+    original = reference.norm_rope
+
+    def wrong(x, weight, eps, gemma, cos, sin, rotary_dim, is_neox):
+        if change == "eps":
+            eps = eps * 1.001
+        if change == "sign":
+            sin = -sin
+        out = original(x, weight, eps, gemma, cos, sin, rotary_dim, is_neox)
+        return out.roll(1, -1) if change == "lane" else out
+
+    monkeypatch.setattr(reference, "norm_rope", wrong)
+    assert_declines(Prologue(), arguments(), code="proof.mismatch")
+
+
+def test_proof_sees_an_unread_dependence():
+    """A dependence on another head, too small for any reader, is still a difference."""
+    from fx_fusion.testing import assert_declines
+
+    class Leaks(Prologue):
+        def rotate(self, x, cos, sin):
+            y = super().rotate(x, cos, sin)
+            return y + 1e-6 * y.flip(1)
+
+    report = assert_declines(Leaks(), arguments(), code="norm.not_per_head")
+    assert "more than one head" in str(report)
+
+
+def test_tolerances_cover_every_float_dtype_in_use():
+    assert set(proof.NATIVE_TOLERANCE) == {torch.bfloat16, torch.float16, torch.float32, torch.float64}
+    assert HEAD_DIM == 16

@@ -1,0 +1,85 @@
+"""Fusions enter and leave through one door."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from prologue import Prologue, arguments
+
+import fx_fusion
+from fx_fusion.registry import REGISTRY
+
+
+class Nothing:
+    """A fusion that finds nothing."""
+
+    name = "nothing"
+
+    def find(self, facts):
+        return [], []
+
+    def read(self, facts, candidate, memo):
+        raise AssertionError
+
+    def describe(self, match):
+        raise AssertionError
+
+    def check(self, facts, match):
+        raise AssertionError
+
+    def rewrite(self, graph, match, kernel):
+        raise AssertionError
+
+
+def test_the_built_in_fusion_is_registered():
+    assert [fusion.name for fusion in REGISTRY] == ["qk_norm_rope_cache"]
+
+
+def test_handle_removes_and_uuid_follows():
+    before = fx_fusion.FusionPass().uuid()
+    handle = fx_fusion.register_fusion(Nothing())
+    assert fx_fusion.FusionPass().uuid() != before
+    handle.remove()
+    handle.remove()
+    assert fx_fusion.FusionPass().uuid() == before
+
+
+def test_decorator():
+    try:
+        assert fx_fusion.register_fusion(Nothing) is Nothing
+        assert "nothing" in [fusion.name for fusion in REGISTRY]
+    finally:
+        for fusion in REGISTRY:
+            if fusion.name == "nothing":
+                fx_fusion.Handle(REGISTRY._fusions, fusion).remove()
+
+
+def test_a_name_is_taken_once():
+    with pytest.raises(ValueError, match="'qk_norm_rope_cache' is registered already"):
+        fx_fusion.register_fusion(fx_fusion.QkNormRopeCache())
+
+
+def test_what_is_missing_is_named():
+    class Half:
+        name = "half"
+
+        def find(self, facts):
+            return [], []
+
+    with pytest.raises(TypeError, match="fusion 'half' lacks read, describe, check, rewrite"):
+        fx_fusion.register_fusion(Half())
+    with pytest.raises(TypeError, match="string attribute 'name'"):
+        fx_fusion.register_fusion(object())
+
+
+def test_without_the_built_in_fusion_nothing_fuses():
+    (built_in,) = REGISTRY
+    handle = fx_fusion.Handle(REGISTRY._fusions, built_in)
+    handle.remove()
+    try:
+        with torch.no_grad():
+            options = {"fx_fusion.kernel": "reference", "fx_fusion.inner": "eager"}
+            torch.compile(Prologue(), backend="fx_fusion", options=options)(*arguments())
+        assert not fx_fusion.last_report().layers
+    finally:
+        fx_fusion.register_fusion(built_in)

@@ -1,0 +1,62 @@
+"""explain: traced on fake tensors, nothing computed, nothing touched."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import Run
+from prologue import Prologue, arguments
+from transformers import StaticCache
+
+import fx_fusion
+
+
+def test_leaves_everything_as_it_was():
+    model, args = Prologue(), arguments()
+    before = [arg.clone() for arg in args]
+    report = fx_fusion.explain(model, *args, target="gfx942")
+    assert len(report.recognised) == 1
+    assert all(torch.equal(a, b) for a, b in zip(args, before, strict=True))
+    assert not isinstance(model.q_weight, torch._subclasses.FakeTensor)
+
+
+def test_a_lazy_cache_stays_lazy():
+    run = Run("qwen3")
+    report = fx_fusion.explain(run.model, torch.zeros(2, 1, dtype=torch.int64), past_key_values=run.cache)
+    assert len(report.recognised) == 2
+    assert not run.cache.layers[0].is_initialized
+
+
+def test_a_model_without_weights_at_full_width():
+    """Qwen3-VL-235B's shapes on the meta device, two of its 94 layers."""
+    from transformers.models.qwen3_vl_moe.configuration_qwen3_vl_moe import Qwen3VLMoeTextConfig
+    from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTextModel
+
+    config = Qwen3VLMoeTextConfig(
+        num_hidden_layers=2, hidden_size=4096, num_attention_heads=64, num_key_value_heads=4, head_dim=128,
+        moe_intermediate_size=1536, num_experts=128, num_experts_per_tok=8,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = Qwen3VLMoeTextModel(config).bfloat16().eval()
+    tokens, positions = torch.zeros(8, 1, dtype=torch.int64), torch.zeros(3, 8, 1, dtype=torch.int64)
+    cache = StaticCache(config=config, max_cache_len=32768)
+    report = fx_fusion.explain(model, input_ids=tokens, position_ids=positions, past_key_values=cache, target="gfx942")
+    assert len(report.recognised) == 2 == len(report.layers), str(report)
+    assert report.layers[0].facts["num_heads"] == 64
+    assert report.layers[0].source.endswith(tuple("0123456789"))
+
+
+def test_an_unknown_target_is_an_error():
+    with pytest.raises(fx_fusion.OptionError, match="got 'tpu'"):
+        fx_fusion.explain(Prologue(), *arguments(), target="tpu")
+
+
+def test_reasons_are_told():
+    class Clamped(Prologue):
+        def norm(self, x, weight):
+            return super().norm(x, weight).clamp(-8, 8)
+
+    report = fx_fusion.explain(Clamped(), *arguments())
+    assert report.declined[0].code == "proof.not_analytic"
+    assert "test_trace.py:" in report.declined[0].source
+    assert "clamp" in report.declined[0].reason
