@@ -1,0 +1,74 @@
+"""Host time of one call of the fused operation: what the registration costs on top of the kernel's own launches.
+
+    python examples/benchmarks/op_host_cost.py
+
+The same reference function is called directly, through ``Library.define``/``impl`` (as fx_fusion registers it) and
+through ``torch.library.custom_op``; tensors are tiny, so time is host time. Prints one line of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fx_fusion import op
+from fx_fusion.kernels import reference
+
+REPEATS, CALLS = 31, 200
+
+OPTIONS = {
+    "q_eps": 1e-6, "k_eps": 1e-6, "gemma_norm": False, "rotary_dim": 16, "is_neox": True, "axes": [0] * 8,
+    "skip_negative_slots": False, "return_k": False,
+}  # fmt: skip
+
+
+@torch.library.custom_op("fx_fusion_benchmark::custom", mutates_args=("k_cache", "v_cache"))
+def custom(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor
+) -> tuple[Tensor, Tensor]:
+    return reference.qk_norm_rope_cache(
+        q, k, v, None, None, cos, sin, None, slots, None, k_cache, v_cache, *OPTIONS.values()
+    )  # fmt: skip
+
+
+def microseconds(call: Callable[[], object]) -> list[float]:
+    """Median over repeats, and the spread between the quartiles."""
+    samples: list[float] = []
+    for _ in range(REPEATS):
+        started = time.perf_counter()
+        for _ in range(CALLS):
+            call()
+        samples.append((time.perf_counter() - started) / CALLS * 1e6)
+    low, middle, high = statistics.quantiles(samples, n=4)
+    return [round(middle, 1), round(high - low, 1)]
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    q, k, v = torch.randn(1, 1, 2, 16), torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
+    cos, sin = torch.randn(2, 1, 1, 8)
+    slots = torch.tensor([[3]])
+    k_cache, v_cache = torch.zeros(2, 1, 8, 1, 16)
+    layouts = {
+        "k_layout": op.layout(k_cache.shape, k_cache.stride(), 0),
+        "v_layout": op.layout(v_cache.shape, v_cache.stride(), 0),
+    }
+    plain = (q, k, v, None, None, cos, sin, None, slots, None, k_cache, v_cache)
+    with torch.no_grad():
+        results = {
+            "direct": microseconds(lambda: reference.qk_norm_rope_cache(*plain, *OPTIONS.values())),
+            "library": microseconds(lambda: op.OVERLOAD(*plain, **layouts, **OPTIONS, implementation="reference")),
+            "custom_op": microseconds(lambda: custom(q, k, v, cos, sin, slots, k_cache, v_cache)),
+        }
+    versions = {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
+    print(json.dumps({"microseconds_median_and_quartile_spread": results, **versions}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""The parts that stand under the readers: facts, evaluation, sizes, placement."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.fx import Graph
+
+from fx_fusion import evaluate as evaluation
+from fx_fusion.decline import CODES, STAGES, Decline, source_line
+from fx_fusion.evaluate import Arithmetic, evaluate
+from fx_fusion.facts import Facts
+from fx_fusion.opset import aten, prims
+from fx_fusion.placement import check_cache_address, check_convex, check_devices, check_old_cache
+from fx_fusion.sizes import Sizes
+
+
+class Builder:
+    """A small graph whose nodes carry values."""
+
+    def __init__(self):
+        self.graph = Graph()
+
+    def input(self, name, *shape, dtype=torch.float32, device="cpu"):
+        node = self.graph.placeholder(name)
+        node.meta["val"] = torch.zeros(shape, dtype=dtype, device=device)
+        return node
+
+    def __call__(self, target, *args):
+        node = self.graph.call_function(target, args)
+        node.meta["val"] = target(*torch.fx.node.map_arg(args, lambda n: n.meta["val"]))
+        return node
+
+
+def test_equal_values_have_one_number():
+    build = Builder()
+    x = build.input("x", 2, 3)
+    a, b, c = (build(aten.mul.Tensor, x, factor) for factor in (2.0, 2.0, 2))
+    build.graph.output((a, b, c))
+    facts = Facts(build.graph)
+    assert facts.value_number(a) == facts.value_number(b)
+    assert facts.value_number(a) != facts.value_number(c), "1 == 1.0 in Python, but they are different arguments"
+    assert facts.canonical(b) is a
+
+
+def test_random_values_are_never_equal():
+    build = Builder()
+    x = build.input("x", 2, 3)
+    a, b = (build(aten.bernoulli.default, x) for _ in range(2))
+    build.graph.output((a, b))
+    facts = Facts(build.graph)
+    assert facts.value_number(a) != facts.value_number(b)
+
+
+def test_latest_common_ancestor():
+    build = Builder()
+    x = build.input("x", 2, 3)
+    shared = build(aten.neg.default, x)
+    a, b = build(aten.mul.Tensor, shared, 2.0), build(aten.mul.Tensor, shared, 3.0)
+    build.graph.output((a, b))
+    assert Facts(build.graph).latest_common_ancestor(a, b) is shared
+
+
+def test_dead_nodes_are_no_users():
+    build = Builder()
+    x = build.input("x", 2, 3)
+    dead, alive = build(aten.neg.default, x), build(aten.mul.Tensor, x, 2.0)
+    build.graph.output(alive)
+    facts = Facts(build.graph)
+    assert dead not in facts.live
+    assert facts.users(x) == [alive]
+
+
+def test_float64_and_native_arithmetic():
+    build = Builder()
+    x = build.input("x", 4, dtype=torch.bfloat16)
+    wide = build(prims.convert_element_type.default, x, torch.float32)
+    out = build(prims.convert_element_type.default, build(aten.mul.Tensor, wide, 1.0 / 3.0), torch.bfloat16)
+    value = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    (exact,) = evaluate([out], {x: value.double()}, Sizes())
+    (native,) = evaluate([out], {x: value.bfloat16()}, Sizes(), Arithmetic.NATIVE)
+    assert exact.dtype == torch.float64
+    assert torch.equal(exact, value.double() / 3.0)
+    assert native.dtype == torch.bfloat16
+
+
+def test_inputs_are_never_read():
+    build = Builder()
+    x, y = build.input("x", 2), build.input("y", 2)
+    out = build(aten.add.Tensor, x, y)
+    with pytest.raises(Decline, match="graph input whose value must not be read") as declined:
+        evaluate([out], {x: torch.zeros(2)}, Sizes())
+    assert declined.value.code == "region.evaluation"
+
+
+def test_an_operation_that_fails_is_a_decline():
+    build = Builder()
+    x = build.input("x", 4)
+    out = build(aten.reshape.default, x, [2, 2])
+    with pytest.raises(Decline, match="cannot run on the CPU") as declined:
+        evaluate([out], {x: torch.zeros(3)}, Sizes())
+    assert declined.value.nodes == (out,)
+
+
+def test_memory_is_bounded(monkeypatch):
+    monkeypatch.setattr(evaluation, "MEMORY_BOUND", 1 << 20)
+    build = Builder()
+    x = build.input("x", 1 << 10)
+    small = build(aten.neg.default, build(aten.neg.default, build(aten.neg.default, x)))
+    evaluate([small], {x: torch.zeros(1 << 15, dtype=torch.float64)}, Sizes())  # freed after each last use
+    with pytest.raises(Decline) as declined:
+        evaluate([small], {x: torch.zeros(1 << 17, dtype=torch.float64)}, Sizes())
+    assert declined.value.code == "region.too_large"
+
+
+def test_devices_must_agree():
+    build = Builder()
+    x, scale = build.input("x", 2, device="meta"), build.input("scale")
+    with pytest.raises(Decline, match="x on meta, scale on cpu") as declined:
+        check_devices([x, scale])
+    assert declined.value.code == "placement.device"
+    check_devices([x])
+
+
+def test_a_result_must_feed_no_operand():
+    build = Builder()
+    x = build.input("x", 2)
+    result = build(aten.neg.default, x)
+    operand = build(aten.mul.Tensor, result, 2.0)
+    build.graph.output(operand)
+    facts = Facts(build.graph)
+    with pytest.raises(Decline) as declined:
+        check_convex(facts, [operand], [result])
+    assert declined.value.code == "region.not_convex"
+    check_convex(facts, [x], [result])
+
+
+def test_a_cache_must_be_an_input():
+    build = Builder()
+    x = build.input("x", 2)
+    check_cache_address(x)
+    with pytest.raises(Decline) as declined:
+        check_cache_address(build(aten.neg.default, x))
+    assert declined.value.code == "placement.cache"
+
+
+def test_a_reader_ordered_before_the_call_is_fine():
+    build = Builder()
+    cache, slots = build.input("cache", 4, 2), build.input("slots", 1, dtype=torch.int64)
+    read = build(aten.select.int, cache, 0, 0)
+    operand = build(aten.mul.Tensor, read, 2.0)
+    late = build(aten.sum.default, cache)
+    build.graph.output((operand, slots, late))
+    facts = Facts(build.graph)
+    with pytest.raises(Decline, match="reads cache as it was before the store"):
+        check_old_cache(facts, cache, [], [operand])
+    build.graph.erase_node(build.graph.output_node())
+    build.graph.erase_node(late)
+    build.graph.output((operand, slots))
+    check_old_cache(Facts(build.graph), cache, [], [operand])
+
+
+def test_every_code_has_a_stage_and_a_meaning():
+    for code, meaning in CODES.items():
+        assert code.split(".")[0] in STAGES
+        assert meaning.endswith(".")
+    with pytest.raises(ValueError, match="unknown decline code"):
+        Decline("norm.odd", "")
+
+
+def test_source_line_is_the_users():
+    build = Builder()
+    node = build.input("x", 1)
+    assert source_line(node) is None
+    inside = torch.__file__.replace("__init__.py", "functional.py")
+    node.meta["stack_trace"] = f'File "/home/me/model.py", line 7, in forward\n  File "{inside}", line 3, in mul'
+    assert source_line(node) == "/home/me/model.py:7"

@@ -1,0 +1,34 @@
+"""The examples run, and assert what they claim."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def run(name, *arguments):
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / name), *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_serving_model():
+    printed = run("qwen3_vl_serving.py", "--steps", "6")
+    assert "4 of 4 layers fused" in printed
+    assert "mRoPE [12, 10, 10] interleaved" in printed
+    assert "tokens equal eager's" in printed
+
+
+@pytest.mark.slow
+def test_demo():
+    printed = run("demo.py")
+    assert "4 of 4 layers fused" in printed
+    assert "yes" in printed
