@@ -15,7 +15,7 @@ from fx_fusion.kernels import reference
 
 _LIBRARY = torch.library.Library("fx_fusion", "DEF")
 
-_SCHEMA = (
+SCHEMA = (
     "qk_norm_rope_cache(Tensor q, Tensor k, Tensor v, Tensor? q_weight, Tensor? k_weight, Tensor cos, Tensor sin, "
     "Tensor? positions, Tensor slots, Tensor? blocks, Tensor(a!) k_cache, Tensor(b!) v_cache, *, SymInt[] k_layout, "
     "SymInt[] v_layout, float? q_eps, "
@@ -23,7 +23,7 @@ _SCHEMA = (
     "bool return_k, str implementation) -> (Tensor, Tensor)"
 )
 
-_LIBRARY.define(_SCHEMA, tags=(torch.Tag.needs_exact_strides,))
+_LIBRARY.define(SCHEMA, tags=(torch.Tag.needs_exact_strides,))
 
 T = TypeVar("T")
 
@@ -106,7 +106,7 @@ def cache_view(cache: Tensor, layout: Sequence[int]) -> Tensor:
     return cache.as_strided(layout[:4], layout[4:8], cache.storage_offset() + layout[8])
 
 
-def _run(
+def run(
     *args: Any, k_layout: Sequence[int], v_layout: Sequence[int], implementation: str, **kwargs: Any
 ) -> tuple[Tensor, Tensor]:
     if implementation not in _KERNELS:
@@ -122,7 +122,7 @@ def _fake(q: Tensor, k: Tensor, *_: Tensor | None, return_k: bool, **__: object)
     return q.new_empty(q.shape), k.new_empty(k.shape if return_k else (0,))
 
 
-_LIBRARY.impl("qk_norm_rope_cache", _run, "CompositeExplicitAutograd")
+_LIBRARY.impl("qk_norm_rope_cache", run, "CompositeExplicitAutograd")
 torch.library.register_fake("fx_fusion::qk_norm_rope_cache", _fake, lib=_LIBRARY)
 
 OVERLOAD: torch._ops.OpOverload = torch.ops.fx_fusion.qk_norm_rope_cache.default

@@ -72,8 +72,16 @@ class Run:
         self.family, self.batch, self.device = family, batch, device
         self.model = FAMILIES[family]().to(device, dtype).eval()
         self.cache = StaticCache(config=self.model.config, max_cache_len=MAX_LENGTH)
-        self.head = torch.randn(64, VOCABULARY, dtype=dtype, device=device)
+        self.head = torch.randn(64, VOCABULARY).bfloat16().to(device, dtype)
         self.length = 0
+
+    def copy_weights(self, source):
+        """Take the weights, and the buffers that no state dict holds, of another run of the same family."""
+        pairs = [*zip(self.model.parameters(), source.model.parameters(), strict=True)]
+        pairs += zip(self.model.buffers(), source.model.buffers(), strict=True)
+        with torch.no_grad():
+            for mine, theirs in pairs:
+                mine.copy_(theirs)
 
     @property
     def is_3d(self):

@@ -48,11 +48,11 @@ def test_decode_gives_eagers_tokens(family, mode):
 def test_bfloat16_error_is_no_larger_than_stock_inductors(family):
     torch.manual_seed(3)
     forced = torch.randint(1, VOCABULARY, (6, 2, 1), device="cuda")
-    weights = Run(family, torch.bfloat16).model.state_dict()
+    source = Run(family, torch.bfloat16)
 
     def logits(dtype, backend, options):
         run = Run(family, dtype, device="cuda")
-        run.model.load_state_dict(weights)
+        run.copy_weights(source)
         run.prefill()
         torch._dynamo.reset()
         model = None if backend is None else torch.compile(run.model, backend=backend, options=options)

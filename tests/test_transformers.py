@@ -89,13 +89,13 @@ def test_bfloat16_error_is_no_larger_than_stock_inductors(family):
 
     def logits(dtype, backend, options):
         run = Run(family, dtype)
-        run.model.load_state_dict(weights)
+        run.copy_weights(source)
         run.prefill()
         torch._dynamo.reset()
         model = None if backend is None else torch.compile(run.model, backend=backend, options=options)
         return torch.stack([run.step(tokens, model).double() for tokens in forced])
 
-    weights = Run(family, torch.bfloat16).model.state_dict()
+    source = Run(family, torch.bfloat16)
     exact = logits(torch.float64, None, None)
     stock = logits(torch.bfloat16, "inductor", {})
     fused = logits(torch.bfloat16, "fx_fusion", OPTIONS)

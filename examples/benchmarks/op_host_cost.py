@@ -3,7 +3,7 @@
     python examples/benchmarks/op_host_cost.py
 
 The same reference function is called directly, through ``Library.define``/``impl`` (as fx_fusion registers it) and
-through ``torch.library.custom_op``; tensors are tiny, so time is host time. Prints one line of JSON.
+through ``torch.library.custom_op`` with the same schema. Tensors are tiny, so time is host time. Prints a line of JSON.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from fx_fusion import op
 from fx_fusion.kernels import reference
@@ -28,13 +27,11 @@ OPTIONS = {
 }  # fmt: skip
 
 
-@torch.library.custom_op("fx_fusion_benchmark::custom", mutates_args=("k_cache", "v_cache"))
-def custom(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor
-) -> tuple[Tensor, Tensor]:
-    return reference.qk_norm_rope_cache(
-        q, k, v, None, None, cos, sin, None, slots, None, k_cache, v_cache, *OPTIONS.values()
-    )  # fmt: skip
+SCHEMA = op.SCHEMA.removeprefix("qk_norm_rope_cache")
+
+custom = torch.library.custom_op(
+    "fx_fusion_benchmark::custom", op.run, mutates_args=("k_cache", "v_cache"), schema=SCHEMA
+)
 
 
 def microseconds(call: Callable[[], object]) -> list[float]:
@@ -64,7 +61,7 @@ def main() -> None:
         results = {
             "direct": microseconds(lambda: reference.qk_norm_rope_cache(*plain, *OPTIONS.values())),
             "library": microseconds(lambda: op.OVERLOAD(*plain, **layouts, **OPTIONS, implementation="reference")),
-            "custom_op": microseconds(lambda: custom(q, k, v, cos, sin, slots, k_cache, v_cache)),
+            "custom_op": microseconds(lambda: custom(*plain, **layouts, **OPTIONS, implementation="reference")),
         }
     versions = {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
     print(json.dumps({"microseconds_median_and_quartile_spread": results, **versions}))

@@ -21,6 +21,17 @@ def look_alike(code: str):
     return add
 
 
+@look_alike("split.columns")
+class TokensMixed(Prologue):
+    """The projection is cut as one long row: what token 1 gets are other columns than token 0's."""
+
+    def split(self, qkv):
+        tokens, parts = qkv.shape[0], []
+        for part in qkv.flatten().split([tokens * n * HEAD_DIM for n in (NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS)]):
+            parts.append(part.view(tokens, -1, HEAD_DIM))
+        return tuple(parts)
+
+
 @look_alike("norm.not_per_head")
 class NormOverTheProjection(Prologue):
     """OLMo2, MiniMax"""
@@ -202,6 +213,13 @@ class LayerNormWrittenOut(Prologue):
         return centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + EPS) * weight
 
 
+class HeadsUnevenlySpaced(Prologue):
+    def split(self, qkv):
+        heads = qkv.view(qkv.shape[0], -1, HEAD_DIM)
+        q = torch.cat([heads[:, :3], heads[:, 4:5]], 1)
+        return q, torch.cat([heads[:, 3:4], heads[:, 5:6]], 1), heads[:, 6:]
+
+
 class ValueFakeQuantised(Prologue):
     def forward(self, x, positions, slots, k_cache, v_cache):
         self.stores = 0
@@ -236,7 +254,15 @@ class PositionsClamped(Prologue):
 
 @pytest.mark.parametrize(
     "cls",
-    [ValueFakeQuantised, LayerNormWrittenOut, ClampBeforeTheNorm, ValueScaled, ValueClamped, PositionsClamped],
+    [
+        HeadsUnevenlySpaced,
+        ValueFakeQuantised,
+        LayerNormWrittenOut,
+        ClampBeforeTheNorm,
+        ValueScaled,
+        ValueClamped,
+        PositionsClamped,
+    ],
     ids=lambda cls: cls.__name__,
 )
 def test_odd_step_stays_outside(cls):
