@@ -7,17 +7,19 @@ RUN := $(VENV)/bin/python
 TORCH := 2.13.0
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test lint docs clean
 
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml
-	@if $(PYTHON) -c 'import torch' 2>/dev/null; then \
+	@if test -x $(RUN); then \
+		echo "updating $(VENV)"; \
+	elif $(PYTHON) -c 'import torch' 2>/dev/null; then \
 		echo "using the torch of $(PYTHON)"; \
-		$(PYTHON) -m venv --clear --system-site-packages $(VENV); \
+		$(PYTHON) -m venv --system-site-packages $(VENV); \
 	else \
 		echo "installing the CPU build of torch $(TORCH)"; \
-		$(PYTHON) -m venv --clear $(VENV) && \
+		$(PYTHON) -m venv $(VENV) && \
 		$(RUN) -m pip install --quiet --retries 1 --extra-index-url $(TORCH_CPU_INDEX) torch==$(TORCH); \
 	fi
 	@$(RUN) -c 'import torch; print(f"torch=={torch.__version__}")' > $(VENV)/constraints.txt
@@ -28,12 +30,15 @@ demo: setup
 	$(RUN) examples/demo.py
 
 test: setup
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2
 
 lint: setup
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pyright
+
+docs: setup
+	$(RUN) -c "from fx_fusion.decline import markdown; print(markdown(), end='')" > docs/declines.md
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -19,6 +19,8 @@ from fx_fusion.sizes import same
 
 
 class QkNormRopeCache:
+    """The built-in fusion, as the registry knows it. ``patterns/qk_norm_rope_cache.py`` shows before and after."""
+
     name = "qk_norm_rope_cache"
 
     def find(self, facts: Facts) -> tuple[list[Candidate], list[Decline]]:

@@ -95,3 +95,16 @@ def source_line(node: Node) -> str | None:
 
 def first_source_line(nodes: Iterable[Node]) -> str | None:
     return next((line for node in nodes if (line := source_line(node))), None)
+
+
+def markdown() -> str:
+    """``docs/declines.md``."""
+    lines = [
+        "# Declines",
+        "",
+        "Why a layer stayed unfused. The codes are stable; `make docs` writes this table from the source.",
+        "",
+    ]
+    lines += ["| code | meaning |", "|---|---|"]
+    lines += [f"| `{code}` | {meaning} |" for code, meaning in CODES.items()]
+    return "\n".join(lines) + "\n"

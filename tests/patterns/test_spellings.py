@@ -196,6 +196,16 @@ class AnglesComputed(Prologue):
 
 
 @spelling
+class AnglesOfTwoAxes(Prologue):
+    """Cosine of one axis, sine of another: no single lookup, so the rows stay operands."""
+
+    def angles(self, positions):
+        cos, _ = self.cos_sin_cache[positions[0]].chunk(2, -1)
+        _, sin = self.cos_sin_cache[positions[1]].chunk(2, -1)
+        return cos.unsqueeze(1), sin.unsqueeze(1)
+
+
+@spelling
 class AnglesByModuloPositions(Prologue):
     """The odd step stays outside the call: positions are taken after it."""
 
@@ -264,6 +274,7 @@ def test_reads_sections():
 
 def test_keeps_rows_that_no_table_holds():
     assert read_of("AnglesComputed")["angles"] == "rows"
+    assert read_of("AnglesOfTwoAxes")["angles"] == "rows"
 
 
 def test_reads_gemma_and_eps():

@@ -12,11 +12,16 @@ from fx_fusion.patterns.split import Heads, expected_columns, read_heads, take_h
 DATA = Graph().placeholder("data")
 
 
-@pytest.mark.parametrize(
-    "heads",
-    [Heads(4, 16, 0, 16, 64), Heads(2, 16, 64, 16, 128), Heads(4, 16, 0, 32, 128), Heads(2, 16, 16, 32, 64), Heads(1, 8, 3, 8, 20)],
-    ids=["first", "later", "gated", "gated, second half", "one head"],
-)  # fmt: skip
+DESCRIBED = {
+    "first": Heads(4, 16, 0, 16, 64),
+    "later": Heads(2, 16, 64, 16, 128),
+    "gated": Heads(4, 16, 0, 32, 128),
+    "gated, second half": Heads(2, 16, 16, 32, 64),
+    "one head": Heads(1, 8, 3, 8, 20),
+}
+
+
+@pytest.mark.parametrize("heads", DESCRIBED.values(), ids=DESCRIBED)
 def test_reads_back_what_it_describes(heads):
     columns = expected_columns(heads).reshape(-1)
     assert read_heads(columns, heads.head_dim, heads.width, DATA) == heads

@@ -1,0 +1,60 @@
+"""What is written down is still true."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import fx_fusion
+from fx_fusion.decline import CODES, markdown
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def test_the_table_of_declines_is_generated():
+    assert (ROOT / "docs" / "declines.md").read_text() == markdown(), "run `make docs`"
+
+
+def test_every_code_in_the_table_can_be_raised():
+    source = "\n".join(
+        path.read_text() for folder in ("fx_fusion", "patterns") for path in (ROOT / folder).glob("*.py")
+    )
+    for code in CODES:
+        assert source.count(f'"{code}"') >= 2, f"{code} is never raised"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_options_in_the_docs_exist():
+    text = (ROOT / "docs" / "backend.md").read_text()
+    named = set(re.findall(r"`fx_fusion\.(\w+)`", text)) - {"explain", "last_report", "register_fusion", "testing"}
+    assert named == {field for field in fx_fusion.Config.__dataclass_fields__}
+
+
+def test_layout_of_the_package():
+    names = {path.name for path in ROOT.iterdir() if not path.name.startswith(".")}
+    allowed = {
+        "fx_fusion", "patterns", "kernels", "tests", "examples", "docs", "pyproject.toml", "README.md", "LICENSE",
+        "CHANGELOG.md", "CONTRIBUTING.md", "Makefile", "fx_fusion.egg-info", "build", "dist",
+    }  # fmt: skip
+    assert names <= allowed
+    for folder in ("patterns", "kernels"):
+        assert (ROOT / "fx_fusion" / folder).is_symlink()
+        assert not (ROOT / folder / "__init__.py").exists(), "it would shadow the PyPI package 'kernels'"
+
+
+def test_public_names_are_documented():
+    for name in fx_fusion.__all__:
+        value = getattr(fx_fusion, name)
+        if callable(value):
+            assert value.__doc__, name
+    assert isinstance(torch.__version__, str)
