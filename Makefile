@@ -12,7 +12,7 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml
-	@if test -x $(RUN); then \
+	@if $(RUN) -c 'import torch' 2>/dev/null; then \
 		echo "updating $(VENV)"; \
 	elif $(PYTHON) -c 'import torch' 2>/dev/null; then \
 		echo "using the torch of $(PYTHON)"; \

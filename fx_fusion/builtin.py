@@ -15,6 +15,7 @@ from fx_fusion.patterns import qk_norm_rope_cache as pattern
 from fx_fusion.patterns.qk_norm_rope_cache import Candidate, Match
 from fx_fusion.patterns.split import Heads
 from fx_fusion.placement import check_cache_address, check_convex, check_devices, check_old_cache
+from fx_fusion.region import strip_views
 from fx_fusion.sizes import same
 
 
@@ -133,6 +134,7 @@ def _facts(match: Match, problem: Problem) -> dict[str, Any]:
         "cache_dtype": str(problem.cache_dtype),
         "cache_size": [str(size) for size in match.key_store.addresses.size],
         "cache_stride": [str(stride) for stride in match.key_store.addresses.stride],
+        "index_arithmetic": _computes_indices(match),
         "addressed_by": "block and offset"
         if problem.separate_blocks
         else "slot in each sequence's cache"
@@ -140,6 +142,13 @@ def _facts(match: Match, problem: Problem) -> dict[str, Any]:
         else "slot",
         "return_k": match.return_k,
     }
+
+
+def _computes_indices(match: Match) -> bool:
+    """Are slots computed in the graph? That arithmetic stays outside the call, as a small kernel of its own."""
+    addresses = match.key_store.addresses
+    indices = [index for index in (addresses.slots, addresses.blocks) if index is not None]
+    return any(strip_views(index.node).op != "placeholder" for index in indices)
 
 
 def _columns(heads: Heads) -> str:
@@ -158,6 +167,7 @@ def _words(facts: dict[str, Any]) -> str:
             if mrope
             else f"angles by {facts['angles']}"
         ),
-        f"cache [{', '.join(facts['cache_size'])}] by {facts['addressed_by']}",
+        f"cache [{', '.join(facts['cache_size'])}] by {facts['addressed_by']}"
+        + (" (computed in the graph)" if facts["index_arithmetic"] else ""),
     ]
     return ", ".join(parts)

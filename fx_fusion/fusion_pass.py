@@ -30,7 +30,7 @@ from fx_fusion.report import REPORTS, FusionReport, LayerReport
 _InferenceAware: Any = getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", None)
 _Base: Any = _InferenceAware or custom_graph_pass.CustomGraphPass
 
-log = logging.getLogger("torch.fx_fusion")
+log = logging.getLogger(__name__)
 
 _rewrites_done = 0
 

@@ -244,6 +244,7 @@ class Rotations:
             )
         origin = max(origins.values(), key=facts.order.__getitem__)
         starts = [site for site, its_origin in origins.items() if its_origin is origin]
+        starts = [site for site in starts if not any(_in_a_later_layer(facts, other, site) for other in starts)]
         return self._exits(starts), strip_views(origin)
 
     def _exits(self, starts: Sequence[Node]) -> list[Node]:
@@ -285,6 +286,11 @@ def _is_wide(node: Node) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() > 0
 
 
+def _in_a_later_layer(facts: Facts, first: Node, second: Node) -> bool:
+    """Does `second` depend on `first` through a matrix product or an opaque operation?"""
+    return any(opset.is_opaque(node) for node in facts.between(first, [second])[1:])
+
+
 def _depends(facts: Facts, node: Node, on: Node) -> bool:
     return node in facts.between(on, [node])
 
@@ -314,14 +320,15 @@ def _angles_after_projection(facts: Facts, origin: Node, out: Node) -> int:
     )
 
 
-def branch_key(facts: Facts, branch: Branch, leaves: Sequence[Node]) -> tuple[Any, ...]:
-    """Equal for branches that compute the same function of the same leaves: same ops, literals, shapes, strides.
+def branch_key(branch: Branch, origins: Sequence[Node]) -> tuple[Any, ...]:
+    """Equal for branches that compute the same function of the data and of `origins`: same ops, literals, shapes and
+    strides, from the origins on.
 
     Nodes are numbered in order of use, so names do not matter, and which operands are one node does.
     """
     local: dict[Node, int] = {}
     described: list[Any] = [_describe(branch.projection)]
-    for leaf in (branch.data, *leaves):
+    for leaf in (branch.data, *origins):
         local[leaf] = len(local)
         described.append(_describe(leaf))
 

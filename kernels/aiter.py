@@ -62,6 +62,8 @@ def refuses(problem: Problem, target: Target) -> str | None:
 
 
 def unavailable(target: Target) -> str | None:
+    if _is_unrelated():
+        return installed()
     if target.platform != "hip":
         return f"aiter runs on AMD GPUs, the target is {target.name}"
     return installed() or "this version of fx_fusion knows aiter's contract but does not call it yet"
@@ -71,7 +73,7 @@ def installed() -> str | None:
     """None if AMD's aiter is installed, else what was found instead."""
     if importlib.util.find_spec("aiter") is None:
         return "aiter is not installed; build it from https://github.com/ROCm/aiter (it is not on PyPI)"
-    if not _is_amd():
+    if _is_unrelated():
         return (
             "the installed package 'aiter' is the unrelated asyncio helper from PyPI, not AMD's; "
             "uninstall it and build https://github.com/ROCm/aiter"
@@ -79,14 +81,13 @@ def installed() -> str | None:
     return None
 
 
-def _is_amd() -> bool:
-    """Told apart by metadata, so that asking imports nothing (AMD's distribution is named ``amd-aiter``)."""
+def _is_unrelated() -> bool:
+    """Told by metadata, so that asking imports nothing (AMD's distribution is named ``amd-aiter``)."""
     try:
         distribution = importlib.metadata.distribution("aiter")
     except importlib.metadata.PackageNotFoundError:
-        return True
-    summary = (distribution.metadata.get("Summary") or "").lower()
-    return "async" not in summary
+        return False
+    return "async" in (distribution.metadata.get("Summary") or "").lower()
 
 
 KERNEL = Kernel("aiter", unavailable, refuses)

@@ -216,9 +216,12 @@ def _furthest(attempts: Iterator[Attempt]) -> tuple[Branch, RotatedHeads]:
 
 
 def _memoised(facts: Facts, branch: Branch, memo: Memo) -> RotatedHeads:
-    """Equal branches are measured once: the key holds all that reading and proof depend on."""
+    """Equal branches are measured once: the key holds all that reading and proof depend on.
+
+    That includes the way from the origins of the frontier, the furthest that any reading looks back, to the branch.
+    """
     leaves = tuple(dict.fromkeys(leaf for frontier in Frontier for leaf in find_leaves(branch, frontier)))
-    key = branch_key(facts, branch, leaves)
+    key = branch_key(branch, find_leaves(branch, Frontier.PARTS))
     if key not in memo:
         try:
             memo[key] = (read_rotated_heads(branch, facts.sizes), leaves)

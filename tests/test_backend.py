@@ -250,6 +250,8 @@ def test_a_second_process_with_a_warm_cache_tells_the_truth(tmp_path):
     assert "hits 0 fused 1 pass ran 1" in first.stdout, first.stderr
     assert "fused 1 pass ran 0" in second.stdout, second.stderr
     assert "hits 0" not in second.stdout
+    for demanding in (process(require=2), process(require=2)):
+        assert "NotFused: fx_fusion.require=2, but 1 fused calls" in demanding.stderr
 
 
 def test_uuid_follows_what_the_result_depends_on(monkeypatch):

@@ -297,3 +297,34 @@ def test_asks_for_fresh_keys_only_where_they_are_used():
     assert read_of("KeyReturned")["return_k"] is True
     assert read_of("FreshAttention")["return_k"] is True
     assert read_of("Plain")["return_k"] is False
+
+
+class TwoLayersOfOneTable(torch.nn.Module):
+    """Two layers alike in all but the columns of the table that they take: equal layers are measured once, these two
+    are not equal.
+    """
+
+    class Layer(Prologue):
+        def __init__(self, offset):
+            super().__init__()
+            self.offset = offset
+
+        def angles(self, positions):
+            rows = self.cos_sin_cache[positions[0]][:, self.offset : self.offset + HEAD_DIM]
+            return tuple(part.unsqueeze(1) for part in rows.chunk(2, -1))
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = self.Layer(0), self.Layer(HEAD_DIM)
+        wide = torch.rand(40, 2 * HEAD_DIM)
+        self.first.cos_sin_cache = self.second.cos_sin_cache = wide
+
+    def forward(self, x, positions, slots, k_cache, v_cache, k_cache_2, v_cache_2):
+        x = x + self.first(x, positions, slots, k_cache, v_cache)
+        return x + self.second(x, positions, slots, k_cache_2, v_cache_2)
+
+
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+def test_layers_that_differ_in_an_offset(inner):
+    model, args = TwoLayersOfOneTable(), (*arguments(), *arguments()[3:])
+    assert_fuses(model, args, count=2, inner=inner)
