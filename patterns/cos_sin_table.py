@@ -15,6 +15,9 @@ from fx_fusion.facts import Facts
 from fx_fusion.patterns.mrope import Lanes, Rope
 from fx_fusion.sizes import Sizes
 
+#: Rows and columns are numbered from here on, so that no literal of the graph looks like one.
+_FIRST = 1 << 40
+
 
 @dataclass(frozen=True)
 class Columns:
@@ -121,15 +124,17 @@ def _elements(
     rows, width = sizes.shape(table.meta["val"])
     rows = max(rows, count)
     chosen = torch.arange(count).reshape(shape)
-    row_numbers = torch.arange(rows).unsqueeze(1).expand(rows, width)
-    column_numbers = torch.arange(width).expand(rows, width)
+    row_numbers = (_FIRST + torch.arange(rows)).unsqueeze(1).expand(rows, width)
+    column_numbers = (_FIRST + torch.arange(width)).expand(rows, width)
     results: list[torch.Tensor] = []
     for numbers in (row_numbers, column_numbers):
         given = {table: numbers, positions: chosen.to(positions.meta["val"].dtype)}
         inputs = _everywhere(facts, lanes.leaf, given)
         flat = evaluate([lanes.leaf], inputs, sizes, Arithmetic.MOVE)[0].reshape(-1, lanes.width)
         at = flat[:, lanes.offset : lanes.offset + lanes.step * lanes.count : lanes.step]
-        results.append(at.repeat(grid[0] * grid[1] // at.shape[0], 1))
+        if at.dtype != torch.int64:
+            raise Decline("rope.rows", f"{lanes.leaf} is not made of the table's elements alone", [lanes.leaf])
+        results.append((at - _FIRST).repeat(grid[0] * grid[1] // at.shape[0], 1))
     return results[0], results[1]
 
 

@@ -206,6 +206,17 @@ class AnglesOfTwoAxes(Prologue):
 
 
 @spelling
+class AnglesPartlyConstant(Prologue):
+    """The first pair never turns: its angles are literals, in no table."""
+
+    def angles(self, positions):
+        cos, sin = super().angles(positions)
+        turns = torch.arange(HEAD_DIM // 2) > 0
+        one, zero = torch.ones((), dtype=cos.dtype), torch.zeros((), dtype=cos.dtype)
+        return torch.where(turns, cos, one), torch.where(turns, sin, zero)
+
+
+@spelling
 class AnglesByModuloPositions(Prologue):
     """The odd step stays outside the call: positions are taken after it."""
 
@@ -249,6 +260,12 @@ def test_fuses(name, dtype):
     report = assert_fuses(SPELLINGS[name](dtype), arguments(dtype=dtype), count=1)
     read = report.fused[0].facts
     assert (read["num_heads"], read["num_kv_heads"], read["head_dim"]) == (NUM_HEADS, NUM_KV_HEADS, HEAD_DIM)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_literal_is_never_taken_for_an_element_of_the_table(tokens):
+    report = assert_fuses(AnglesPartlyConstant(), arguments(tokens), count=1)
+    assert report.fused[0].facts["angles"] == "rows"
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 4, 13])
