@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import logging
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ def apply(graph: Graph, config: Config, *, training: bool = False) -> FusionRepo
     started = time.perf_counter()
     nodes = len(graph.nodes)
     layers: list[LayerReport] = []
-    stores = sum(1 for node in graph.nodes if node.target is torch.ops.aten.copy_.default)
+    mutated = sum(1 for node in graph.nodes if node.target is torch.ops.aten.copy_.default)
     refusal = _refuse_graph(training)
     rewriting = 0.0
     if refusal is not None:
@@ -109,7 +110,7 @@ def apply(graph: Graph, config: Config, *, training: bool = False) -> FusionRepo
                 rewriting += spent
             if any(layer.state == "rewritten" for layer in layers):
                 rewrite.finish(graph)
-    stores = _count_stores(layers, stores)
+    stores = 0 if any(layer.code == "store.missing" for layer in layers) else mutated
     total = time.perf_counter() - started
     seconds = {"total": total, "rewriting": rewriting, "reading": total - rewriting}
     report = FusionReport(tuple(layers), stores, nodes, config.kernel, seconds)
@@ -128,10 +129,6 @@ def _refuse_graph(training: bool) -> Decline | None:
     if training:
         return Decline("graph.training", "the graph saves values for a backward pass; run it under torch.no_grad()")
     return None
-
-
-def _count_stores(layers: list[LayerReport], mutated: int) -> int:
-    return 0 if any(layer.code == "store.missing" for layer in layers) else mutated
 
 
 def _apply_fusion(graph: Graph, fusion: Fusion, config: Config) -> tuple[list[LayerReport], float]:
@@ -164,7 +161,6 @@ def _apply_fusion(graph: Graph, fusion: Fusion, config: Config) -> tuple[list[La
 def _read(
     facts: Facts, fusion: Fusion, candidate: Any, memo: dict[object, Any], config: Config
 ) -> tuple[LayerReport, Any]:
-    global _rewrites_done
     try:
         match = fusion.read(facts, candidate, memo)
         words, data, error, problem = fusion.describe(match)
@@ -188,14 +184,8 @@ def _read(
         kernel = choose(config.kernel, problem, target)
         _spend_fuel()
     except Decline as decline:
-        return _with(read, code=decline.code, reason=decline.found), match
-    return _with(read, state="rewritten", kernel=kernel), match
-
-
-def _with(layer: LayerReport, **changes: Any) -> LayerReport:
-    from dataclasses import replace
-
-    return replace(layer, **changes)
+        return replace(read, code=decline.code, reason=decline.found), match
+    return replace(read, state="rewritten", kernel=kernel), match
 
 
 def _spend_fuel() -> None:

@@ -58,7 +58,7 @@ class FusionReport:
 
     Attributes:
         layers: every candidate, in graph order, and what could be none.
-        stores: how many in-place cache stores the graph holds.
+        stores: how many inputs the graph writes in place; 0 if none of them is a cache.
         nodes: size of the graph before the pass.
         kernel: the kernel asked for.
         seconds: time spent in the pass (``reading`` includes the proof).

@@ -47,7 +47,8 @@ class RotatedHeads:
         )
 
     def grid(self, out_shape: Sequence[int], tokens: int) -> tuple[int, int]:
-        return (out_shape[self.token_dims[0]], out_shape[self.token_dims[1]]) if self.token_dims else (1, tokens)
+        """(batch, seq) of a result of this shape."""
+        return _grid(self.token_dims, out_shape, tokens)
 
     def arrange(self, heads: torch.Tensor) -> torch.Tensor:
         """[B, S, H, D] in the order of the result's elements."""
@@ -109,12 +110,13 @@ def _read_heads(probe: Probe, heads: Heads) -> RotatedHeads:
     weight, gemma = read_weight(probe, heads, leaves, generator)
     neutral = {**leaves, weight: torch.full_like(leaves[weight], 0.0 if gemma else 1.0)} if weight else leaves
     couplings = read_couplings(probe, heads, neutral, owners, normalised)
-    reading = RotatedHeads(heads, Norm(eps, weight, gemma), _NO_ROPE, token_dims, heads_first, 0.0)
-    grid = reading.grid(probe.sizes.shape(probe.branch.out.meta["val"]), probe.tokens)
-    return replace(reading, rope=read_rope(probe, couplings, neutral, weight, grid))
+    grid = _grid(token_dims, probe.sizes.shape(probe.branch.out.meta["val"]), probe.tokens)
+    rope = read_rope(probe, couplings, neutral, weight, grid)
+    return RotatedHeads(heads, Norm(eps, weight, gemma), rope, token_dims, heads_first, error=0.0)
 
 
-_NO_ROPE: Rope = None  # type: ignore[assignment]
+def _grid(token_dims: tuple[int, ...], out_shape: Sequence[int], tokens: int) -> tuple[int, int]:
+    return (out_shape[token_dims[0]], out_shape[token_dims[1]]) if token_dims else (1, tokens)
 
 
 def _read_layout(probe: Probe, heads: Heads, owners: torch.Tensor) -> tuple[tuple[int, ...], bool]:
