@@ -40,9 +40,9 @@ class Emitter:
             node.meta["val"] = target(*fake_args, **fake_kwargs)
         return node
 
-    def call_with_value(self, target: Any, kwargs: dict[str, Any], value: Any) -> Node:
+    def call_with_value(self, value: Any, target: Any, *args: Any, **kwargs: Any) -> Node:
         """A new node whose fake value is already known."""
-        node = self._insert(target, (), kwargs)
+        node = self._insert(target, args, kwargs)
         node.meta["val"] = value
         return node
 

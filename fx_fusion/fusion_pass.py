@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import logging
 import time
@@ -78,6 +79,7 @@ def _saves_for_backward(graph: Graph) -> bool:
     )
 
 
+@functools.cache
 def _source_hash() -> str:
     digest = hashlib.sha256(torch.__version__.encode())
     root = Path(__file__).parent

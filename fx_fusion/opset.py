@@ -103,6 +103,21 @@ def is_opaque(node: Node) -> bool:
     return name in _PRODUCTS or "scaled_dot_product" in name
 
 
+def is_literal(node: Node) -> bool:
+    """Is `node` made of literals alone (an iota, a mask computed from one)?"""
+    stack = [node]
+    seen: set[Node] = set()
+    while stack:
+        top = stack.pop()
+        if is_symbolic(top) or top in seen:
+            continue
+        if top.op != "call_function" or is_opaque(top) or len(seen) > 64:
+            return False
+        seen.add(top)
+        stack.extend(top.all_input_nodes)
+    return True
+
+
 def is_symbolic(node: Node) -> bool:
     """Does `node` hold a number (a size) rather than a tensor?"""
     return isinstance(node.meta.get("val"), (int, float, torch.SymInt, torch.SymFloat, torch.SymBool))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +33,7 @@ class Probe:
 
     @property
     def tokens(self) -> int:
-        return torch.Size(self.sizes.shape(self.branch.projection.meta["val"])[:-1]).numel()
+        return self.branch.tokens(self.sizes)
 
     @property
     def columns(self) -> int:
@@ -53,7 +53,7 @@ class Probe:
         leaves: Mapping[Node, torch.Tensor],
         arithmetic: Arithmetic = Arithmetic.FLOAT64,
     ) -> torch.Tensor:
-        """The branch's result for `data` of shape [tokens, columns], which may be narrower than its own shape."""
+        """The branch's result for `data`, given as [tokens, columns] or in its own shape."""
         inputs = {**leaves, self.branch.data: data.reshape(self.data_shape)}
         return evaluate([self.branch.out], inputs, self.sizes, arithmetic)[0]
 
@@ -87,7 +87,7 @@ def find_leaves(branch: Branch, frontier: Frontier) -> tuple[Node, ...]:
     """
     leaves: dict[Node, None] = {}
     for node in branch.frontier:
-        if opset.is_symbolic(node) or _is_constant(node):
+        if opset.is_symbolic(node) or opset.is_literal(node):
             continue
         if not opset.is_float_tensor(node):
             found = f"{node} selects values on the data path and depends on a graph input"
@@ -113,20 +113,6 @@ def _is_one_plus(node: Node) -> bool:
     if node.target not in (opset.aten.add.Tensor, opset.aten.add.Scalar) or node.kwargs:
         return False
     return isinstance(node.args[1], (int, float)) and node.args[1] == 1
-
-
-def _is_constant(node: Node) -> bool:
-    stack: Sequence[Node] = [node]
-    seen: set[Node] = set()
-    while stack:
-        top, *stack = stack
-        if opset.is_symbolic(top) or top in seen:
-            continue
-        if top.op != "call_function" or opset.is_opaque(top) or len(seen) > 64:
-            return False
-        seen.add(top)
-        stack = [*stack, *top.all_input_nodes]
-    return True
 
 
 def relative_difference(actual: torch.Tensor, expected: torch.Tensor) -> float:

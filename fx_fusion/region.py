@@ -23,6 +23,7 @@ from fx_fusion import opset
 from fx_fusion.decline import Decline
 from fx_fusion.facts import Facts, freeze
 from fx_fusion.opset import aten
+from fx_fusion.sizes import Sizes
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,16 @@ class Store:
     view: Node
     writer: Node
     value: Node
+
+    @property
+    def views(self) -> list[Node]:
+        """The steps from ``cache`` to ``view``."""
+        steps: list[Node] = []
+        node = self.view
+        while node is not self.cache:
+            steps.append(node)
+            node = _node(node.args[0])
+        return steps[::-1]
 
 
 @dataclass(frozen=True)
@@ -47,6 +58,9 @@ class Branch:
     out: Node
     nodes: tuple[Node, ...]
     frontier: tuple[Node, ...]
+
+    def tokens(self, sizes: Sizes) -> int:
+        return torch.Size(sizes.shape(self.projection.meta["val"])[:-1]).numel()
 
 
 WRITERS = frozenset({aten.index_put.default})
@@ -282,8 +296,7 @@ class Rotations:
 
 
 def _is_wide(node: Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() > 0
+    return opset.is_float_tensor(node) and node.meta["val"].dim() > 0
 
 
 def _in_a_later_layer(facts: Facts, first: Node, second: Node) -> bool:

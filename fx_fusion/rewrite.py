@@ -112,9 +112,8 @@ def _emit_call(emit: Emitter, match: Match, kernel: str) -> Node:
         "_v_cache_base_index": bases.index(value.store.cache),
         "_all_bases": bases,
     }
-    call = emit.call_with_value(auto_functionalized_v2, {}, _values(q, k, bases, return_k=match.return_k))
-    call.args, call.kwargs = (fused_op.OVERLOAD,), arguments
-    return call
+    values = _values(q, k, bases, return_k=match.return_k)
+    return emit.call_with_value(values, auto_functionalized_v2, fused_op.OVERLOAD, **arguments)
 
 
 def _values(q: Node, k: Node, bases: list[Node], *, return_k: bool) -> tuple[torch.Tensor, ...]:
@@ -186,11 +185,6 @@ def _as_result(emit: Emitter, heads: Node, old: Node, layout: RotatedHeads) -> N
 
 def _replay_view(emit: Emitter, stored: Stored, cache: Node) -> Node:
     """What the writer returned: the view that it wrote into, of the cache after the call."""
-    chain: list[Node] = []
-    node: Any = stored.store.view
-    while node is not stored.store.cache:
-        chain.append(node)
-        node = node.args[0]
-    for view in reversed(chain):
+    for view in stored.store.views:
         cache = emit.call(view.target, cache, *view.args[1:], **view.kwargs)
     return cache

@@ -93,11 +93,7 @@ def assert_fuses(
     report = outcome.report
     expected = len(report.layers) if count is None else count
     assert len(report.fused) == expected and expected > 0, f"expected {expected} fused calls\n{report}"
-    fn, args, kwargs = copy.deepcopy((fn, tuple(args), dict(kwargs or {})))
-    with torch.no_grad():
-        outputs = fn(*args, **kwargs)
-    _assert_close("output", outcome.outputs, outputs, report)
-    _assert_close("state", outcome.state, _state(fn, args, kwargs), report)
+    _assert_as_in_eager(outcome, fn, args, kwargs)
     return report
 
 
@@ -121,12 +117,18 @@ def assert_declines(
     report = outcome.report
     codes = [layer.code for layer in report.declined]
     assert not report.fused and code in codes, f"expected a decline with code {code!r}\n{report}"
+    _assert_as_in_eager(outcome, fn, args, kwargs)
+    return report
+
+
+def _assert_as_in_eager(
+    outcome: Outcome, fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any] | None
+) -> None:
     fn, args, kwargs = copy.deepcopy((fn, tuple(args), dict(kwargs or {})))
     with torch.no_grad():
         outputs = fn(*args, **kwargs)
-    _assert_close("output", outcome.outputs, outputs, report)
-    _assert_close("state", outcome.state, _state(fn, args, kwargs), report)
-    return report
+    _assert_close("output", outcome.outputs, outputs, outcome.report)
+    _assert_close("state", outcome.state, _state(fn, args, kwargs), outcome.report)
 
 
 def _state(fn: Any, args: Any, kwargs: Any) -> Any:

@@ -113,15 +113,10 @@ def _check_writer(store: Store) -> None:
 
 def _check_view(store: Store, sizes: Sizes) -> None:
     """Replay the view of the cache on strides alone: a reshape that would copy has no address to write to."""
-    chain: list[Node] = []
-    node: Any = store.view
-    while node is not store.cache:
-        chain.append(node)
-        node = node.args[0]
     base: torch.Tensor = store.cache.meta["val"]
     strides = [sizes.concrete(stride) for stride in base.stride()]
     value: Any = torch.empty_strided(sizes.shape(base), strides, device="meta")
-    for node in reversed(chain):
+    for node in store.views:
         target = opset.aten.view.default if node.target is opset.aten.reshape.default else node.target
         args = [sizes.value(a) if isinstance(a, Node) else a for a in _flat(node.args[1:])]
         try:

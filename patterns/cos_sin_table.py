@@ -12,7 +12,7 @@ from fx_fusion import opset
 from fx_fusion.decline import Decline
 from fx_fusion.evaluate import Arithmetic, evaluate
 from fx_fusion.facts import Facts
-from fx_fusion.patterns.mrope import Lanes, Rope
+from fx_fusion.patterns.mrope import Lanes, Rope, constant_step
 from fx_fusion.sizes import Sizes
 
 #: Rows and columns are numbered from here on, so that no literal of the graph looks like one.
@@ -69,8 +69,8 @@ def _trace(
     row, column = _elements(facts, lanes, table, positions, sizes, grid)
     if not bool((column == column[0]).all()):
         return None
-    step = int(column[0, 1] - column[0, 0]) if lanes.count > 1 else 1
-    if step <= 0 or not bool((column[0] == column[0, 0] + step * torch.arange(lanes.count)).all()):
+    step = constant_step(column[0])
+    if step is None:
         return None
     for per_batch in (False, True) if grid[0] > 1 else (True,):
         found = _axes(row, sizes.shape(positions.meta["val"]), grid, per_batch)
@@ -97,22 +97,9 @@ def _leaves(facts: Facts, node: Node) -> list[Node]:
         seen.add(top)
         if opset.is_movement(top) or opset.is_join(top) or opset.is_selection(top):
             stack.extend(top.all_input_nodes)
-        elif not _is_literal(top):
+        elif not opset.is_literal(top):
             leaves[facts.canonical(top)] = None
     return list(leaves)
-
-
-def _is_literal(node: Node) -> bool:
-    """Made of literals alone (an iota, a mask computed from one)."""
-    stack: list[Node] = [node]
-    for _ in range(64):
-        if not stack:
-            return True
-        top = stack.pop()
-        if top.op != "call_function" or opset.is_opaque(top):
-            return False
-        stack.extend(parent for parent in top.all_input_nodes if not opset.is_symbolic(parent))
-    return False
 
 
 def _elements(
@@ -131,7 +118,7 @@ def _elements(
         given = {table: numbers, positions: chosen.to(positions.meta["val"].dtype)}
         inputs = _everywhere(facts, lanes.leaf, given)
         flat = evaluate([lanes.leaf], inputs, sizes, Arithmetic.MOVE)[0].reshape(-1, lanes.width)
-        at = flat[:, lanes.offset : lanes.offset + lanes.step * lanes.count : lanes.step]
+        at = lanes.take(flat)
         if at.dtype != torch.int64:
             raise Decline("rope.rows", f"{lanes.leaf} is not made of the table's elements alone", [lanes.leaf])
         results.append((at - _FIRST).repeat(grid[0] * grid[1] // at.shape[0], 1))

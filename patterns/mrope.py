@@ -30,6 +30,10 @@ class Lanes:
     per_batch: bool
     """False if the row of (b, s) is row s of the leaf; True if it is row b * seq + s."""
 
+    def take(self, rows: torch.Tensor) -> torch.Tensor:
+        """[..., count] from rows [..., width]"""
+        return rows[..., self.offset : self.offset + self.step * self.count : self.step]
+
 
 @dataclass(frozen=True)
 class Rope:
@@ -172,6 +176,13 @@ def _as_lanes(place: _Place, lanes: torch.Tensor, grid: tuple[int, int]) -> Lane
     raise Decline("rope.rows", f"{place.leaf} does not hold one row of angles per token", [place.leaf])
 
 
+def constant_step(numbers: torch.Tensor) -> int | None:
+    """The positive distance between neighbours in `numbers` [count], or None if it varies."""
+    step = int(numbers[1] - numbers[0]) if len(numbers) > 1 else 1
+    even = bool((numbers == numbers[0] + step * torch.arange(len(numbers))).all())
+    return step if even and step > 0 else None
+
+
 def _columns(leaf: Node, width: int, column: torch.Tensor, lanes: torch.Tensor, per_batch: bool) -> Lanes:
     half = len(lanes) // 2
     first, second = column[:half], column[half:]
@@ -180,7 +191,7 @@ def _columns(leaf: Node, width: int, column: torch.Tensor, lanes: torch.Tensor, 
     else:
         ordered, count = torch.empty_like(column), len(lanes)
         ordered[lanes] = column
-    step = int(ordered[1] - ordered[0]) if count > 1 else 1
-    if step <= 0 or not bool((ordered == ordered[0] + step * torch.arange(count)).all()):
+    step = constant_step(ordered)
+    if step is None:
         raise Decline("rope.rows", f"the lanes' angles are not at a constant distance within a row of {leaf}", [leaf])
     return Lanes(leaf, width, int(ordered[0]), step, count, per_batch)

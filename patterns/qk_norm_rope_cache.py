@@ -138,9 +138,8 @@ def read(facts: Facts, candidate: Candidate, memo: Memo) -> Match:
     query, query_heads = _read_query(facts, candidate.rotations, key, value_store, memo)
     rope = _same_rotation(facts, query_heads, key_heads)
     sizes = facts.sizes[0]
-    tokens = _tokens(key, sizes)
-    grid = key_heads.grid(sizes.shape(key.out.meta["val"]), tokens)
-    if grid != query_heads.grid(sizes.shape(query.out.meta["val"]), _tokens(query, sizes)):
+    grid = key_heads.grid(sizes.shape(key.out.meta["val"]), key.tokens(sizes))
+    if grid != query_heads.grid(sizes.shape(query.out.meta["val"]), query.tokens(sizes)):
         raise Decline("split.layout", "query and key hold their tokens in different grids", [query.out, key.out])
     stored_key = _stored_key(facts, key_store, key, key_heads, sizes, grid)
     stored_value = _stored_value(facts, value_store, key_heads.heads, sizes, grid)
@@ -220,8 +219,9 @@ def _memoised(facts: Facts, branch: Branch, memo: Memo) -> RotatedHeads:
 
     That includes the way from the origins of the frontier, the furthest that any reading looks back, to the branch.
     """
-    leaves = tuple(dict.fromkeys(leaf for frontier in Frontier for leaf in find_leaves(branch, frontier)))
-    key = branch_key(branch, find_leaves(branch, Frontier.PARTS))
+    taken = {frontier: find_leaves(branch, frontier) for frontier in Frontier}
+    leaves = tuple(dict.fromkeys(leaf for each in taken.values() for leaf in each))
+    key = branch_key(branch, taken[Frontier.PARTS])
     if key not in memo:
         try:
             memo[key] = (read_rotated_heads(branch, facts.sizes), leaves)
@@ -234,10 +234,6 @@ def _memoised(facts: Facts, branch: Branch, memo: Memo) -> RotatedHeads:
         )
     heads, its_leaves = known
     return heads.on(dict(zip(its_leaves, leaves, strict=True)))
-
-
-def _tokens(branch: Branch, sizes: Sizes) -> int:
-    return torch.Size(sizes.shape(branch.projection.meta["val"])[:-1]).numel()
 
 
 def _check_escapes(facts: Facts, branch: Branch) -> None:

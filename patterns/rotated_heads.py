@@ -143,7 +143,7 @@ def _read_layout(probe: Probe, heads: Heads, owners: torch.Tensor) -> tuple[tupl
 def rows_of(lanes: Lanes, values: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     """The rows [B or 1, S, count] of angles that `lanes` takes from its leaf's values."""
     rows = values.reshape(grid[0] if lanes.per_batch else 1, grid[1], lanes.width)
-    return rows[..., lanes.offset : lanes.offset + lanes.step * lanes.count : lanes.step]
+    return lanes.take(rows)
 
 
 def _prove(probe: Probe, reading: RotatedHeads) -> float:
