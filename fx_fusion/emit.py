@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
+from torch.utils._sympy.functions import FloorDiv
 
 from fx_fusion.opset import aten
 from fx_fusion.sizes import same
@@ -84,8 +85,10 @@ class Emitter:
             for dim, size in enumerate(value.shape):
                 if isinstance(size, torch.SymInt) and size.node.expr == expression:
                     return self.call(aten.sym_size.int, node, dim)
-        if expression.is_Add or expression.is_Mul:
-            combine = operator.add if expression.is_Add else operator.mul
+        combine = operator.add if expression.is_Add else operator.mul if expression.is_Mul else None
+        if isinstance(expression, FloorDiv):
+            combine = operator.floordiv
+        if combine is not None:
             return functools.reduce(functools.partial(self.call, combine), map(self._operand, expression.args))
         raise LookupError(f"no node of the graph holds the size {expression}")
 

@@ -7,27 +7,30 @@ call (docs/verification.md).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fx_fusion.kernels import reference
+from fx_fusion.kernels import reference, triton
+from fx_fusion.kernels.cache_layout import CacheLayout
 
 _LIBRARY = torch.library.Library("fx_fusion", "DEF")
 
 SCHEMA = (
     "qk_norm_rope_cache(Tensor q, Tensor k, Tensor v, Tensor? q_weight, Tensor? k_weight, Tensor cos, Tensor sin, "
-    "Tensor? positions, Tensor slots, Tensor? blocks, Tensor(a!) k_cache, Tensor(b!) v_cache, *, SymInt[] k_layout, "
-    "SymInt[] v_layout, float? q_eps, float? k_eps, bool gemma_norm, int rotary_dim, bool is_neox, int[] axes, "
+    "Tensor? positions, Tensor slots, Tensor? blocks, Tensor? k_scale, Tensor? v_scale, Tensor(a!) k_cache, "
+    "Tensor(b!) v_cache, *, SymInt[] k_layout, SymInt[] v_layout, float? k_scale_value, float? v_scale_value, "
+    "float? q_eps, float? k_eps, bool gemma_norm, int rotary_dim, bool is_neox, int[] axes, bool saturate, "
     "bool skip_negative_slots, bool return_k, str implementation) -> (Tensor, Tensor)"
 )
 
 _LIBRARY.define(SCHEMA, tags=(torch.Tag.needs_exact_strides,))
 
-T = TypeVar("T")
-
-_KERNELS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"reference": reference.qk_norm_rope_cache}
+_KERNELS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "reference": reference.qk_norm_rope_cache,
+    "triton": triton.qk_norm_rope_cache,
+}
 
 
 def qk_norm_rope_cache(
@@ -50,6 +53,9 @@ def qk_norm_rope_cache(
     rotary_dim: int,
     is_neox: bool = True,
     axes: Sequence[int],
+    k_scale: Tensor | float | None = None,
+    v_scale: Tensor | float | None = None,
+    saturate: bool = False,
     skip_negative_slots: bool = False,
     return_k: bool = False,
     implementation: str = "reference",
@@ -68,54 +74,53 @@ def qk_norm_rope_cache(
             from the end, as in PyTorch.
         slots: [B or 1, S] integer. The cache row, or the offset in its block if `blocks` is given.
         blocks: [B or 1, S] integer, or None: then sequence b writes to ``cache[b]`` (``cache[0]`` if there is one).
-        k_cache, v_cache: [N0, N1, Hk, D] views, written in place at ``[block, slot]``; any strides; converted to the
-            cache's dtype. Duplicate slots are undefined.
+        k_cache, v_cache: [N0, N1, Hk, D] views of any strides, or aiter's shuffle layout, k [N0, Hk, D / x, N1, x] and
+            v [N0, Hk, N1 / x, D, x]; written in place at ``[block, slot]``. A cache of another dtype gets the value
+            rounded to k's dtype, then divided by its scale and converted. Duplicate slots are undefined.
         q_eps, k_eps: added to the mean square under the root; None for no norm.
         gemma_norm: multiply by ``1 + weight`` instead of ``weight``.
         rotary_dim: lanes that rotate, counted from lane 0; the others are copied.
         is_neox: pairs are rotary_dim / 2 apart; else adjacent (GPT-J).
         axes: for each pair of lanes, the row of `positions` that it takes its angle from.
+        k_scale, v_scale: a number, fixed for good in a captured graph, or a tensor of one element on the device,
+            read at every call.
+        saturate: a float8 cache gets its largest number where the value is beyond its range, instead of NaN (e5m2:
+            infinity), which is what ``Tensor.to`` gives.
         skip_negative_slots: a negative slot stores nothing; else it counts from the end, as in PyTorch.
         return_k: also return the rotated k, for every token.
-        implementation: which kernel runs: ``"reference"``.
+        implementation: which kernel runs: ``"reference"`` or ``"triton"``.
+
+    An index outside its table or cache: the reference raises ``IndexError`` (on a GPU, a device-side assertion). The
+    Triton kernel reads and writes nothing there: such a slot stores nothing, such a position gives NaN.
 
     Returns:
         q rotated, [B, S, Hq, D] contiguous in q's dtype, and k rotated, [B, S, Hk, D] (empty without `return_k`).
         Both are rounded once, from float32.
     """
+    k_tensor, k_number = _scale(k_scale)
+    v_tensor, v_number = _scale(v_scale)
     return OVERLOAD(
-        q, k, v, q_weight, k_weight, cos, sin, positions, slots, blocks, k_cache, v_cache,
-        k_layout=layout(k_cache.shape, k_cache.stride(), 0), v_layout=layout(v_cache.shape, v_cache.stride(), 0),
-        q_eps=q_eps, k_eps=k_eps, gemma_norm=gemma_norm, rotary_dim=rotary_dim, is_neox=is_neox, axes=axes,
-        skip_negative_slots=skip_negative_slots, return_k=return_k, implementation=implementation,
+        q, k, v, q_weight, k_weight, cos, sin, positions, slots, blocks, k_tensor, v_tensor, k_cache, v_cache,
+        k_layout=CacheLayout.of(k_cache, "k_cache"), v_layout=CacheLayout.of(v_cache, "v_cache"),
+        k_scale_value=k_number, v_scale_value=v_number, q_eps=q_eps, k_eps=k_eps, gemma_norm=gemma_norm,
+        rotary_dim=rotary_dim, is_neox=is_neox, axes=axes, saturate=saturate, skip_negative_slots=skip_negative_slots,
+        return_k=return_k, implementation=implementation,
     )  # fmt: skip
 
 
-def layout(size: Sequence[T], stride: Sequence[T], offset: T) -> list[T]:
-    """How the operation is told where a cache lies in the tensor that it gets: 4 sizes, 4 strides, an offset from the
-    tensor's first element.
-
-    Inductor passes whole graph inputs. Views of them would go through ``as_strided``, whose storage offset torch 2.11
-    counts twice where the input is itself a slice of a larger tensor.
-    """
-    return [*size, *stride, offset]
-
-
-def cache_view(cache: Tensor, layout: Sequence[int]) -> Tensor:
-    """The [N0, N1, Hk, D] view that `layout` describes."""
-    return cache.as_strided(layout[:4], layout[4:8], cache.storage_offset() + layout[8])
+def _scale(scale: Tensor | float | None) -> tuple[Tensor | None, float | None]:
+    return (scale, None) if isinstance(scale, Tensor) else (None, scale)
 
 
 def run(
-    *args: Any, k_layout: Sequence[int], v_layout: Sequence[int], implementation: str, **kwargs: Any
+    *operands: Any, k_layout: Sequence[int], v_layout: Sequence[int], implementation: str, **options: Any
 ) -> tuple[Tensor, Tensor]:
     if implementation not in _KERNELS:
         raise ValueError(
             f"qk_norm_rope_cache: implementation must be one of {sorted(_KERNELS)}, got {implementation!r}"
         )
-    *operands, k_cache, v_cache = args
-    caches = cache_view(k_cache, k_layout), cache_view(v_cache, v_layout)
-    return _KERNELS[implementation](*operands, *caches, **kwargs)
+    layouts = {"k_layout": CacheLayout(*k_layout), "v_layout": CacheLayout(*v_layout)}
+    return _KERNELS[implementation](*operands, **layouts, **options)
 
 
 def _fake(q: Tensor, k: Tensor, *_: Tensor | None, return_k: bool, **__: object) -> tuple[Tensor, Tensor]:

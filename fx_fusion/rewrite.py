@@ -1,22 +1,20 @@
 """Put one call in the place of a proved region.
 
-The graph is functional: caches are values, and an epilogue copies the last one back into the input. The call enters
-as ``auto_functionalized_v2``, from which Inductor makes the in-place call again, with no copy of a cache.
+The graph is functional: caches are values, and an epilogue copies the last one back into the input.
 """
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
-from torch._higher_order_ops.auto_functionalize import auto_functionalized_v2
 from torch.fx import Graph, Node
 
-from fx_fusion import op as fused_op
 from fx_fusion import opset
+from fx_fusion.call import insert
 from fx_fusion.emit import EMITTED, Emitter, take
 from fx_fusion.facts import Facts
+from fx_fusion.kernels.cache_layout import CacheLayout
 from fx_fusion.opset import aten
 from fx_fusion.patterns.cache_store import Index
 from fx_fusion.patterns.mrope import Lanes
@@ -29,23 +27,19 @@ Grid = tuple[int | torch.SymInt, int | torch.SymInt]
 
 def rewrite(graph: Graph, match: Match, kernel: str) -> None:
     """Replace what `match` found by one call of `kernel`. The graph is left unsorted: see :func:`finish`."""
-    key, value = match.key_store, match.value_store
+    stores = (match.key_store, match.value_store)
+    k_cache, v_cache = (stored.store.cache for stored in stores)
     with graph.inserting_before(match.key_store.store.writer):
         emit = Emitter(graph, match.key.out)
-        call = _emit_call(emit, match, kernel)
-        rotated_q = _as_result(emit, emit.call(operator.getitem, call, 0), match.query.out, match.query_heads)
-        rotated_k = (
-            _as_result(emit, emit.call(operator.getitem, call, 1), match.key.out, match.key_heads)
-            if match.return_k
-            else None
-        )
-        bases = _bases(key, value)
-        caches = {base: emit.call(operator.getitem, call, 2 + i) for i, base in enumerate(bases)}
-        written = [_replay_view(emit, stored, caches[stored.store.cache]) for stored in (key, value)]
+        operands = _operands(emit, match)
+        results = insert(emit, kernel, operands, k_cache, v_cache, _options(match), return_k=match.return_k)
+        rotated_q = _as_result(emit, results.q, match.query.out, match.query_heads)
+        rotated_k = results.k and _as_result(emit, results.k, match.key.out, match.key_heads)
+        written = [_replay_view(emit, stored, results.caches[stored.store.cache]) for stored in stores]
     match.query.out.replace_all_uses_with(rotated_q)
     if rotated_k is not None:
         match.key.out.replace_all_uses_with(rotated_k)
-    for stored, view in zip((key, value), written, strict=True):
+    for stored, view in zip(stores, written, strict=True):
         stored.store.writer.replace_all_uses_with(view)
 
 
@@ -74,73 +68,60 @@ def _share_views(graph: Graph) -> None:
             node.replace_all_uses_with(facts.canonical(node))
 
 
-def _emit_call(emit: Emitter, match: Match, kernel: str) -> Node:
+def _operands(emit: Emitter, match: Match) -> dict[str, Node | None]:
+    """The tensors of the call but for its caches, in the order of the operation's schema."""
     grid, lookup, rope = match.grid, match.lookup, match.rope
     query, key, value = match.query_heads, match.key_heads, match.value_store
     addresses = match.key_store.addresses
     q = _take_heads(emit, match.query.data, query.heads, grid)
     k = _take_heads(emit, match.key.data, key.heads, grid)
+    v = _take_heads(emit, value.data, value.heads, grid)
     if lookup is None:
+        positions = None
         cos, sin = (_take_rows(emit, lanes, grid) for lanes in (rope.cos, rope.sin))
     else:
+        rows = [lookup.num_axes, *_rows(grid, lookup.per_batch)]
+        positions = emit.call(aten.reshape.default, lookup.positions, rows)
         cos, sin = (_take_columns(emit, c.table, c.offset, c.step, c.count) for c in (lookup.cos, lookup.sin))
-    bases = _bases(match.key_store, value)
-    arguments: dict[str, Any] = {
+    return {
         "q": q,
         "k": k,
-        "v": _take_heads(emit, value.data, value.heads, grid),
+        "v": v,
         "q_weight": query.norm.weight,
         "k_weight": key.norm.weight,
         "cos": cos,
         "sin": sin,
-        "positions": lookup
-        and emit.call(aten.reshape.default, lookup.positions, [lookup.num_axes, *_rows(grid, lookup.per_batch)]),
+        "positions": positions,
         "slots": _take_index(emit, addresses.slots, grid),
         "blocks": addresses.blocks and _take_index(emit, addresses.blocks, grid),
+        "k_scale": None,
+        "v_scale": None,
+    }
+
+
+def _options(match: Match) -> dict[str, Any]:
+    """What the call is told besides its tensors, named as in the operation's schema."""
+    query, key, lookup, rope = match.query_heads, match.key_heads, match.lookup, match.rope
+    return {
+        "k_layout": _layout(match.key_store),
+        "v_layout": _layout(match.value_store),
+        "k_scale_value": None,
+        "v_scale_value": None,
         "q_eps": query.norm.eps,
         "k_eps": key.norm.eps,
         "gemma_norm": any(heads.norm.weight is not None and heads.norm.gemma for heads in (query, key)),
         "rotary_dim": rope.rotary_dim,
         "is_neox": rope.is_neox,
         "axes": list(lookup.axes) if lookup else [0] * (rope.rotary_dim // 2),
+        "saturate": False,
         "skip_negative_slots": False,
-        "return_k": match.return_k,
-        "implementation": kernel,
-        "k_layout": _layout(emit, match.key_store),
-        "v_layout": _layout(emit, value),
-        "_k_cache_base_index": bases.index(match.key_store.store.cache),
-        "_v_cache_base_index": bases.index(value.store.cache),
-        "_all_bases": bases,
     }
-    values = _values(q, k, bases, return_k=match.return_k)
-    return emit.call_with_value(values, auto_functionalized_v2, fused_op.OVERLOAD, **arguments)
 
 
-def _values(q: Node, k: Node, bases: list[Node], *, return_k: bool) -> tuple[torch.Tensor, ...]:
-    """Fake results of the call.
-
-    The caches after it get storage of their own: a fake value that shares the input's would make Inductor see the
-    reader of the new cache as a reader of the old one, and copy the cache.
-    """
-    out_q, out_k = q.meta["val"], k.meta["val"]
-    caches = [base.meta["val"] for base in bases]
-    with out_q.fake_mode:
-        return (
-            out_q.new_empty(out_q.shape),
-            out_k.new_empty(out_k.shape if return_k else (0,)),
-            *(torch.empty_strided(c.shape, c.stride(), dtype=c.dtype, device=c.device) for c in caches),
-        )
-
-
-def _bases(*stored: Stored) -> list[Node]:
-    return list(dict.fromkeys(one.store.cache for one in stored))
-
-
-def _layout(emit: Emitter, stored: Stored) -> list[int | Node]:
+def _layout(stored: Stored) -> CacheLayout:
     """Where the cache lies in its graph input."""
     addresses = stored.addresses
-    size, stride = ([emit.size(n) for n in numbers] for numbers in (addresses.size, addresses.stride))
-    return fused_op.layout(size, stride, emit.size(addresses.offset))
+    return CacheLayout(*addresses.size, *addresses.stride, addresses.offset)
 
 
 def _take_heads(emit: Emitter, data: Node, heads: Heads, grid: Grid) -> Node:

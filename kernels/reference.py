@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fx_fusion.kernels.cache_layout import CacheLayout
+
 
 def qk_norm_rope_cache(
     q: Tensor,
@@ -22,14 +24,22 @@ def qk_norm_rope_cache(
     positions: Tensor | None,
     slots: Tensor,
     blocks: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
     k_cache: Tensor,
     v_cache: Tensor,
+    *,
+    k_layout: CacheLayout,
+    v_layout: CacheLayout,
+    k_scale_value: float | None,
+    v_scale_value: float | None,
     q_eps: float | None,
     k_eps: float | None,
     gemma_norm: bool,
     rotary_dim: int,
     is_neox: bool,
     axes: Sequence[int],
+    saturate: bool,
     skip_negative_slots: bool,
     return_k: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -41,8 +51,10 @@ def qk_norm_rope_cache(
     rotated_k = norm_rope(k, k_weight, k_eps, gemma_norm, cos, sin, rotary_dim, is_neox)
     q_out = rotated_q.to(q.dtype).contiguous()
     k_out = rotated_k.to(k.dtype).contiguous()
-    store(k_out.to(k_cache.dtype), k_cache, slots, blocks, skip_negative_slots)
-    store(v.to(v_cache.dtype), v_cache, slots, blocks, skip_negative_slots)
+    k_stored = to_cache(k_out, k_cache.dtype, k_scale if k_scale is not None else k_scale_value, saturate)
+    v_stored = to_cache(v, v_cache.dtype, v_scale if v_scale is not None else v_scale_value, saturate)
+    store(k_stored, k_cache, k_layout, slots, blocks, skip_negative_slots)
+    store(v_stored, v_cache, v_layout, slots, blocks, skip_negative_slots)
     return q_out, k_out if return_k else k_out.new_empty(0)
 
 
@@ -111,32 +123,60 @@ def lane_axes(axes: Sequence[int], width: int, rotary_dim: int, is_neox: bool) -
     return [*axes, *axes] if is_neox else [axis for axis in axes for _ in range(2)]
 
 
-def store(value: Tensor, cache: Tensor, slots: Tensor, blocks: Tensor | None, skip_negative_slots: bool) -> None:
-    """Write `value` [B, S, H, D] at ``cache[block, slot]``, `cache` being a [N0, N1, H, D] view.
+def to_cache(value: Tensor, dtype: torch.dtype, scale: Tensor | float | None, saturate: bool) -> Tensor:
+    """`value`, divided by its scale in float32, as the cache holds it.
 
-    Without `blocks`, sequence b writes to block b, or to block 0 if there is only one.
+    Beyond the range of a float8, PyTorch gives NaN (e5m2: infinity); with `saturate`, the largest number.
+    """
+    if scale is not None:
+        value = value.to(torch.promote_types(value.dtype, torch.float32)) / scale
+    if saturate and dtype.itemsize == 1:
+        largest = torch.finfo(dtype).max
+        value = value.clamp(-largest, largest)
+    return value.to(dtype)
+
+
+def store(
+    value: Tensor,
+    cache: Tensor,
+    layout: CacheLayout,
+    slots: Tensor,
+    blocks: Tensor | None,
+    skip_negative_slots: bool,
+) -> None:
+    """Write `value` [B, S, H, D] at block and slot of each token.
+
+    Without `blocks`, sequence b writes to block b, or to block 0 if there is only one. Indexing is PyTorch's: -1 is the
+    last slot, and a slot outside the block raises.
     """
     batch, seq = value.shape[:2]
     slots = slots.expand(batch, seq)
     if blocks is not None:
         blocks = blocks.expand(batch, seq)
     else:
-        blocks = torch.arange(batch, device=slots.device).unsqueeze(1) % cache.shape[0]
+        blocks = torch.arange(batch, device=slots.device).unsqueeze(1) % int(layout.num_blocks)
         blocks = blocks.expand(batch, seq)
-    if skip_negative_slots:
-        value, slots, blocks = _without_negative(value, cache, slots, blocks)
-    cache.index_put_((blocks, slots), value)
+    target = _as_integers(layout.view(cache))
+    value = _as_integers(value)
+    if layout.lane_group:
+        value = value.unflatten(-1, (-1, layout.lane_group))
+    if not skip_negative_slots:
+        target.index_put_(_index(layout, slots, blocks), value)
+        return
+    # Every skipped token repeats the first kept one's write: no data-dependent size, so it can be captured.
+    keep = slots.flatten() >= 0
+    source = torch.where(keep, torch.arange(keep.numel(), device=keep.device), keep.int().argmax())
+    slots, blocks = (torch.where(keep.any(), part.flatten()[source], 0) for part in (slots, blocks))
+    index = _index(layout, slots, blocks)
+    target.index_put_(index, torch.where(keep.any(), value.flatten(0, 1)[source], target[index]))
 
 
-def _without_negative(value: Tensor, cache: Tensor, slots: Tensor, blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Let every skipped token repeat the first kept one's write: no data-dependent size, so it can be captured."""
-    flat_value, flat_slots, flat_blocks = value.flatten(0, 1), slots.flatten(), blocks.flatten()
-    keep = flat_slots >= 0
-    first = keep.int().argmax()
-    source = torch.where(keep, torch.arange(keep.numel(), device=keep.device), first)
-    flat_slots, flat_blocks, flat_value = flat_slots[source], flat_blocks[source], flat_value[source]
-    none_kept = ~keep.any()
-    flat_slots = torch.where(none_kept, 0, flat_slots)
-    flat_blocks = torch.where(none_kept, 0, flat_blocks)
-    flat_value = torch.where(none_kept, cache[0, 0], flat_value)
-    return flat_value.view_as(value), flat_slots.view_as(slots), flat_blocks.view_as(blocks)
+def _index(layout: CacheLayout, slots: Tensor, blocks: Tensor) -> tuple[Tensor, ...]:
+    if layout.slot_group:
+        return blocks, slots // layout.slot_group, slots % layout.slot_group
+    return blocks, slots
+
+
+def _as_integers(value: Tensor) -> Tensor:
+    """float8 as bytes: PyTorch indexes no float8 on some devices."""
+    return value.view(torch.uint8) if value.dtype.itemsize == 1 else value

@@ -1,18 +1,254 @@
-"""The Triton kernel: not written yet; what it will be asked is."""
+"""The Triton kernel's contract, its launch, and which tile it uses."""
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fx_fusion.kernels.cache_layout import CacheLayout, Size
 from fx_fusion.kernels.contract import Kernel, Problem, Target
+
+FLOAT8 = {torch.float8_e4m3fn: "e4m3fn", torch.float8_e4m3fnuz: "e4m3fnuz", torch.float8_e5m2: "e5m2"}
+ACTIVATIONS = (torch.bfloat16, torch.float16, torch.float32)
+MAX_HEAD_DIM = 512
+MAX_AXES = 4
 
 
 def refuses(problem: Problem, target: Target) -> str | None:
+    caches = (*ACTIVATIONS, *FLOAT8)
+    weights = {dtype for dtype in problem.weight_dtypes if dtype is not None}
+    if problem.dtype not in ACTIVATIONS:
+        return f"argument q: expected one of {_names(ACTIVATIONS)}, found {problem.dtype}"
+    if problem.cache_dtype not in caches:
+        return f"argument k_cache: expected one of {_names(caches)}, found {problem.cache_dtype}"
+    if not weights <= set(ACTIVATIONS):
+        return f"argument q_weight: expected one of {_names(ACTIVATIONS)}, found {_names(sorted(weights, key=str))}"
+    if problem.angle_dtype not in ACTIVATIONS:
+        return f"argument cos: expected one of {_names(ACTIVATIONS)}, found {problem.angle_dtype}"
+    if problem.cache_dtype == torch.float8_e4m3fnuz and target.platform == "cuda":
+        return f"argument k_cache: {problem.cache_dtype} is AMD's; Triton has no such pointers on {target.name}"
+    if problem.head_dim > MAX_HEAD_DIM:
+        return f"argument head_dim: expected at most {MAX_HEAD_DIM}, found {problem.head_dim}"
+    if problem.num_axes > MAX_AXES:
+        return f"argument positions: expected at most {MAX_AXES} axes, found {problem.num_axes}"
     return None
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
 def unavailable(target: Target) -> str | None:
     if target.platform not in ("cuda", "hip"):
         return f"Triton kernels run on GPUs, the target is {target.name}"
-    return "this version of fx_fusion has no Triton kernel yet"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    return None
 
 
 KERNEL = Kernel("triton", unavailable, refuses)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How many rows (heads of tokens) one program serves, with how many warps."""
+
+    rows: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch: sizes may be symbolic."""
+
+    programs: Size
+    arguments: dict[str, Any]
+    constants: dict[str, Any]
+    tile: Tile
+
+
+def choose_tile(num_rows: Size, head_dim: int) -> Tile:
+    """From the measurements in examples/benchmarks/kernel.md: few rows spread over all processors, many fill them."""
+    lanes = 128 / head_dim
+    if num_rows <= 2560 * lanes:
+        return Tile(2, 1)
+    if num_rows <= 16384 * lanes:
+        return Tile(8, 4)
+    return Tile(16, 2)
+
+
+def plan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    slots: Tensor,
+    blocks: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    k_layout: CacheLayout,
+    v_layout: CacheLayout,
+    k_scale_value: float | None,
+    v_scale_value: float | None,
+    q_eps: float | None,
+    k_eps: float | None,
+    gemma_norm: bool,
+    rotary_dim: int,
+    is_neox: bool,
+    axes: Sequence[int],
+    saturate: bool,
+    skip_negative_slots: bool,
+    tile: Tile | None = None,
+) -> Launch:
+    """All that a launch is told besides its tensors; also of fake tensors. For the arguments see
+    :func:`fx_fusion.op.qk_norm_rope_cache`.
+    """
+    batch, seq, num_heads, head_dim = q.shape
+    num_kv_heads = k.shape[2]
+    num_tokens = batch * seq
+    tile = tile or choose_tile(num_tokens * (num_heads + 2 * num_kv_heads), head_dim)
+    cos_strides, sin_strides = (_angle_strides(rows, positions) for rows in (cos, sin))
+    arguments = {
+        "num_tokens": num_tokens,
+        "seq_len": seq,
+        **_named(("q_batch_stride", "q_token_stride", "q_head_stride"), q.stride()[:3]),
+        **_named(("k_batch_stride", "k_token_stride", "k_head_stride"), k.stride()[:3]),
+        **_named(("v_batch_stride", "v_token_stride", "v_head_stride"), v.stride()[:3]),
+        **_named(("cos_batch_stride", "cos_row_stride", "cos_lane_stride"), cos_strides),
+        **_named(("sin_batch_stride", "sin_row_stride", "sin_lane_stride"), sin_strides),
+        "cos_table_rows": 0 if positions is None else cos.shape[0],
+        "sin_table_rows": 0 if positions is None else sin.shape[0],
+        "positions_axis_stride": 0 if positions is None else positions.stride(0),
+        **_named(
+            ("positions_batch_stride", "positions_token_stride"),
+            (0, 0) if positions is None else _grid_strides(positions, 1),
+        ),
+        **_named(("slots_batch_stride", "slots_token_stride"), _grid_strides(slots)),
+        **_named(
+            ("blocks_batch_stride", "blocks_token_stride"), (0, 0) if blocks is None else _grid_strides(blocks)
+        ),
+        **_cache_arguments("k", k_layout),
+        **_cache_arguments("v", v_layout),
+    }  # fmt: skip
+    constants = {
+        "NUM_HEADS": num_heads,
+        "NUM_KV_HEADS": num_kv_heads,
+        "HEAD_DIM": head_dim,
+        "ROTARY_DIM": rotary_dim,
+        "IS_NEOX": is_neox,
+        "Q_EPS": q_eps,
+        "K_EPS": k_eps,
+        "GEMMA_NORM": gemma_norm,
+        "ANGLE_PER_LANE": cos.shape[-1] == rotary_dim,
+        "NUM_AXES": 0 if positions is None else max(axes) + 1,
+        "AXES": _pack(axes),
+        "SKIP_NEGATIVE_SLOTS": skip_negative_slots,
+        "SATURATE": saturate,
+        "K_SCALE": k_scale_value,
+        "V_SCALE": v_scale_value,
+        "K_SLOT_GROUP": k_layout.slot_group,
+        "K_LANE_GROUP": k_layout.lane_group,
+        "V_SLOT_GROUP": v_layout.slot_group,
+        "V_LANE_GROUP": v_layout.lane_group,
+        "K_FLOAT8": FLOAT8.get(k_cache.dtype),
+        "V_FLOAT8": FLOAT8.get(v_cache.dtype),
+    }
+    programs = _programs(num_tokens, num_heads, tile) + 2 * _programs(num_tokens, num_kv_heads, tile)
+    return Launch(programs, arguments, constants, tile)
+
+
+def qk_norm_rope_cache(*operands: Tensor | None, return_k: bool, **options: Any) -> tuple[Tensor, Tensor]:
+    """Launch the kernel now. See :func:`fx_fusion.op.qk_norm_rope_cache`."""
+    q, k, *_ = operands
+    assert q is not None and k is not None
+    q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device) if return_k else None
+    launch = plan(*operands, **options)  # pyright: ignore[reportArgumentType]
+    if launch.programs:
+        *inputs, k_cache, v_cache = operands
+        with torch.cuda.device(q.device):
+            kernel()[(launch.programs,)](
+                *inputs,
+                *(as_bytes(cache) for cache in (k_cache, v_cache)),
+                q_out,
+                k_out,
+                *launch.arguments.values(),
+                *launch.constants.values(),
+                ROWS=launch.tile.rows,
+                num_warps=launch.tile.num_warps,
+            )
+    return q_out, k_out if k_out is not None else q_out.new_empty(0)
+
+
+def as_bytes(cache: Any) -> Tensor:
+    """A float8 cache as bytes: Triton has no pointers to some of the formats on some devices."""
+    return cache.view(torch.uint8) if cache.dtype in FLOAT8 else cache
+
+
+def kernel() -> Any:
+    """The kernel itself; imported late, since Triton is not everywhere."""
+    from fx_fusion.kernels.qk_norm_rope_cache import qk_norm_rope_cache
+
+    return qk_norm_rope_cache
+
+
+@functools.cache
+def with_tile(tile: Tile) -> Any:
+    """The kernel as a graph holds it, with one configuration, hence nothing to tune."""
+    import triton
+
+    config = triton.Config({"ROWS": tile.rows}, num_warps=tile.num_warps)
+    return triton.autotune(configs=[config], key=[])(kernel())
+
+
+def _programs(num_tokens: Size, heads: int, tile: Tile) -> Size:
+    return (num_tokens * heads + tile.rows - 1) // tile.rows
+
+
+def _named(names: Sequence[str], values: Sequence[Size]) -> dict[str, Size]:
+    return dict(zip(names, values, strict=True))
+
+
+def _grid_strides(index: Tensor, dim: int = 0) -> tuple[Size, Size]:
+    """Strides along batch and sequence, [B or 1, S] from `dim` on; 0 along a batch of one, which all share."""
+    batch: Size = index.shape[dim]
+    shared = not isinstance(batch, torch.SymInt) and batch == 1
+    return (0 if shared else index.stride(dim)), index.stride(dim + 1)
+
+
+def _angle_strides(angles: Tensor, positions: Tensor | None) -> tuple[Size, Size, Size]:
+    if positions is not None:
+        return 0, angles.stride(0), angles.stride(1)
+    return (*_grid_strides(angles), angles.stride(2))
+
+
+def _cache_arguments(name: str, layout: CacheLayout) -> dict[str, Size]:
+    return {
+        f"{name}_cache_offset": layout.offset,
+        f"{name}_num_blocks": layout.num_blocks,
+        f"{name}_block_size": layout.block_size,
+        f"{name}_block_stride": layout.block_stride,
+        f"{name}_slot_stride": layout.slot_stride,
+        f"{name}_cache_head_stride": layout.head_stride,
+        f"{name}_lane_stride": layout.lane_stride,
+        f"{name}_slot_group_stride": layout.slot_group_stride,
+        f"{name}_lane_group_stride": layout.lane_group_stride,
+    }
+
+
+def _pack(axes: Sequence[int]) -> int:
+    """Two bits a pair, the first pair lowest; 15 pairs to 30 bits, as the kernel unpacks them."""
+    return sum(axis << (2 * pair) for pair, axis in enumerate(axes))

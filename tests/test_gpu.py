@@ -11,7 +11,12 @@ from fx_fusion.probe import relative_difference
 
 pytestmark = pytest.mark.gpu
 
-OPTIONS = {"fx_fusion.kernel": "reference", "fx_fusion.require": LAYERS, "fx_fusion.strict": True}
+KERNELS = ("reference", "triton")
+
+
+def options(kernel, mode=None):
+    mode = {"fx_fusion.mode": mode} if mode else {}
+    return {"fx_fusion.kernel": kernel, "fx_fusion.require": LAYERS, "fx_fusion.strict": True, **mode}
 
 
 def decode(run, model=None, steps=5):
@@ -31,41 +36,45 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize(("family", "mode"), CASES)
-def test_decode_gives_eagers_tokens(family, mode):
+def test_decode_gives_eagers_tokens(family, mode, kernel):
     torch.backends.cuda.matmul.allow_tf32 = False
     reference, fused = Run(family, device="cuda"), Run(family, device="cuda")
     expected, expected_logits = decode(reference)
-    options = {**OPTIONS, **({"fx_fusion.mode": mode} if mode else {})}
-    tokens, logits = decode(fused, torch.compile(fused.model, backend="fx_fusion", options=options))
+    model = torch.compile(fused.model, backend="fx_fusion", options=options(kernel, mode))
+    tokens, logits = decode(fused, model)
     report = fx_fusion.last_report()
-    assert len(report.fused) == LAYERS == len(report.layers), str(report)
+    assert [layer.kernel for layer in report.fused] == [kernel] * LAYERS, str(report)
+    assert len(report.layers) == LAYERS
     assert torch.equal(tokens, expected)
     assert relative_difference(logits, expected_logits) < 1e-4
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_vl_text"])
-def test_bfloat16_error_is_no_larger_than_stock_inductors(family):
+def test_bfloat16_error_is_no_larger_than_stock_inductors(family, kernel):
     torch.manual_seed(3)
     forced = torch.randint(1, VOCABULARY, (6, 2, 1), device="cuda")
     source = Run(family, torch.bfloat16)
 
-    def logits(dtype, backend, options):
+    def logits(dtype, backend, chosen):
         run = Run(family, dtype, device="cuda")
         run.copy_weights(source)
         run.prefill()
         torch._dynamo.reset()
-        model = None if backend is None else torch.compile(run.model, backend=backend, options=options)
+        model = None if backend is None else torch.compile(run.model, backend=backend, options=chosen)
         return torch.stack([run.step(tokens, model).double() for tokens in forced])
 
     exact = logits(torch.float64, None, None)
     stock = logits(torch.bfloat16, "inductor", {})
-    fused = logits(torch.bfloat16, "fx_fusion", OPTIONS)
+    fused = logits(torch.bfloat16, "fx_fusion", options(kernel))
     stock_error, fused_error = ((run - exact).square().mean().sqrt() for run in (stock, fused))
     assert fused_error <= stock_error * 1.1, (fused_error, stock_error)
 
 
-def test_no_cache_is_copied():
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_no_cache_is_copied(kernel):
     """Peak memory of a step grows by far less than one cache."""
     run = Run("qwen3", torch.bfloat16, device="cuda")
     from transformers import StaticCache
@@ -85,6 +94,44 @@ def test_no_cache_is_copied():
     run.step(tokens, stock)
     usual = attention_free(stock)
     torch._dynamo.reset()
-    fused = torch.compile(run.model, backend="fx_fusion", options=OPTIONS)
+    fused = torch.compile(run.model, backend="fx_fusion", options=options(kernel))
     run.step(tokens, fused)
     assert attention_free(fused) <= usual + one_cache // 8
+
+
+def test_a_symbolic_number_of_tokens():
+    """One graph for several lengths of prefill."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    tokens = {length: torch.randint(1, VOCABULARY, (2, length), device="cuda") for length in (3, 7, 12)}
+    expected = {length: Run("qwen3_vl_text", device="cuda").step(ids) for length, ids in tokens.items()}
+    run = Run("qwen3_vl_text", device="cuda")
+    torch._dynamo.reset()
+    model = torch.compile(run.model, backend="fx_fusion", options=options("triton"), dynamic=True)
+    for length, ids in tokens.items():
+        fresh = Run("qwen3_vl_text", device="cuda")
+        run.cache, run.length = fresh.cache, 0
+        assert relative_difference(run.step(ids, model), expected[length]) < 1e-4
+        assert len(fx_fusion.last_report().fused) == LAYERS, str(fx_fusion.last_report())
+
+
+def launches(run, tokens, model):
+    """Kernels that one step puts on the device."""
+    run.step(tokens, model)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run.step(tokens, model)
+        torch.cuda.synchronize()
+    return [event.name for event in profile.events() if not event.name.startswith("Memcpy")]
+
+
+def test_a_layer_launches_fewer_kernels():
+    counts = {}
+    for backend, chosen in (("inductor", {}), ("fx_fusion", options("triton"))):
+        torch._dynamo.reset()
+        run = Run("qwen3_vl_text", torch.bfloat16, device="cuda")
+        tokens = run.prefill().argmax(-1, keepdim=True)
+        names = launches(run, tokens, torch.compile(run.model, backend=backend, options=chosen))
+        counts[backend] = len(names)
+        if backend == "fx_fusion":
+            assert sum("qk_norm_rope_cache" in name for name in names) == LAYERS, names
+    print(counts)
+    assert counts["fx_fusion"] <= counts["inductor"] - 2 * LAYERS, counts

@@ -18,12 +18,13 @@ import torch
 
 from fx_fusion import op
 from fx_fusion.kernels import reference
+from fx_fusion.kernels.cache_layout import CacheLayout
 
 REPEATS, CALLS = 31, 200
 
 OPTIONS = {
     "q_eps": 1e-6, "k_eps": 1e-6, "gemma_norm": False, "rotary_dim": 16, "is_neox": True, "axes": [0] * 8,
-    "skip_negative_slots": False, "return_k": False,
+    "k_scale_value": None, "v_scale_value": None, "saturate": False, "skip_negative_slots": False, "return_k": False,
 }  # fmt: skip
 
 
@@ -52,14 +53,11 @@ def main() -> None:
     cos, sin = torch.randn(2, 1, 1, 8)
     slots = torch.tensor([[3]])
     k_cache, v_cache = torch.zeros(2, 1, 8, 1, 16)
-    layouts = {
-        "k_layout": op.layout(k_cache.shape, k_cache.stride(), 0),
-        "v_layout": op.layout(v_cache.shape, v_cache.stride(), 0),
-    }
-    plain = (q, k, v, None, None, cos, sin, None, slots, None, k_cache, v_cache)
+    layouts = {"k_layout": CacheLayout.of(k_cache), "v_layout": CacheLayout.of(v_cache)}
+    plain = (q, k, v, None, None, cos, sin, None, slots, None, None, None, k_cache, v_cache)
     with torch.no_grad():
         results = {
-            "direct": microseconds(lambda: reference.qk_norm_rope_cache(*plain, *OPTIONS.values())),
+            "direct": microseconds(lambda: reference.qk_norm_rope_cache(*plain, **layouts, **OPTIONS)),
             "library": microseconds(lambda: op.OVERLOAD(*plain, **layouts, **OPTIONS, implementation="reference")),
             "custom_op": microseconds(lambda: custom(*plain, **layouts, **OPTIONS, implementation="reference")),
         }

@@ -1,0 +1,355 @@
+"""The Triton kernel: split → rmsnorm → mrope → cache-store, in one launch, on NVIDIA and AMD.
+
+One program serves ROWS rows, a row being one head of one token; first come the rows of q, then those of k, then those
+of v. Everything that a row needs is loaded in the shape of its tile, [ROWS, lanes], so that nothing is exchanged
+between threads but the sum of squares.
+
+Arithmetic is float32. q and k are rounded once, to their own dtype; a cache of another dtype gets that value divided by
+its scale and rounded again (to nearest, ties to even).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def qk_norm_rope_cache(
+    q, k, v, q_weight, k_weight, cos, sin, positions, slots, blocks, k_scale, v_scale, k_cache, v_cache, q_out, k_out,
+    num_tokens, seq_len,
+    q_batch_stride, q_token_stride, q_head_stride,
+    k_batch_stride, k_token_stride, k_head_stride,
+    v_batch_stride, v_token_stride, v_head_stride,
+    cos_batch_stride, cos_row_stride, cos_lane_stride,
+    sin_batch_stride, sin_row_stride, sin_lane_stride,
+    cos_table_rows, sin_table_rows, positions_axis_stride, positions_batch_stride, positions_token_stride,
+    slots_batch_stride, slots_token_stride, blocks_batch_stride, blocks_token_stride,
+    k_cache_offset, k_num_blocks, k_block_size,
+    k_block_stride, k_slot_stride, k_cache_head_stride, k_lane_stride, k_slot_group_stride, k_lane_group_stride,
+    v_cache_offset, v_num_blocks, v_block_size,
+    v_block_stride, v_slot_stride, v_cache_head_stride, v_lane_stride, v_slot_group_stride, v_lane_group_stride,
+    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr,
+    IS_NEOX: tl.constexpr, Q_EPS: tl.constexpr, K_EPS: tl.constexpr, GEMMA_NORM: tl.constexpr,
+    ANGLE_PER_LANE: tl.constexpr, NUM_AXES: tl.constexpr, AXES: tl.constexpr,
+    SKIP_NEGATIVE_SLOTS: tl.constexpr, SATURATE: tl.constexpr, K_SCALE: tl.constexpr, V_SCALE: tl.constexpr,
+    K_SLOT_GROUP: tl.constexpr, K_LANE_GROUP: tl.constexpr, V_SLOT_GROUP: tl.constexpr, V_LANE_GROUP: tl.constexpr,
+    K_FLOAT8: tl.constexpr, V_FLOAT8: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    q_programs = tl.cdiv(num_tokens * NUM_HEADS, ROWS)
+    kv_programs = tl.cdiv(num_tokens * NUM_KV_HEADS, ROWS)
+    if program < q_programs:
+        head, batch, seq, live = _rows(program, num_tokens, seq_len, NUM_HEADS, ROWS)
+        source = q + _token(batch, q_batch_stride, seq, q_token_stride) + head * q_head_stride
+        first, second, rest = _norm_rope(
+            source, live, q_weight, cos, sin, positions, batch, seq,
+            cos_batch_stride, cos_row_stride, cos_lane_stride, sin_batch_stride, sin_row_stride, sin_lane_stride,
+            cos_table_rows, sin_table_rows, positions_axis_stride, positions_batch_stride, positions_token_stride,
+            HEAD_DIM, ROTARY_DIM, IS_NEOX, Q_EPS, GEMMA_NORM, ANGLE_PER_LANE, NUM_AXES, AXES,
+        )  # fmt: skip
+        q_target = q_out + _contiguous(batch, seq, head, seq_len, NUM_HEADS, HEAD_DIM)
+        _store_head(q_target, live, first, second, rest, 1, 0, 0, HEAD_DIM, ROTARY_DIM, IS_NEOX)
+    elif program < q_programs + kv_programs:
+        head, batch, seq, live = _rows(program - q_programs, num_tokens, seq_len, NUM_KV_HEADS, ROWS)
+        source = k + _token(batch, k_batch_stride, seq, k_token_stride) + head * k_head_stride
+        first, second, rest = _norm_rope(
+            source, live, k_weight, cos, sin, positions, batch, seq,
+            cos_batch_stride, cos_row_stride, cos_lane_stride, sin_batch_stride, sin_row_stride, sin_lane_stride,
+            cos_table_rows, sin_table_rows, positions_axis_stride, positions_batch_stride, positions_token_stride,
+            HEAD_DIM, ROTARY_DIM, IS_NEOX, K_EPS, GEMMA_NORM, ANGLE_PER_LANE, NUM_AXES, AXES,
+        )  # fmt: skip
+        if k_out is not None:
+            k_out_target = k_out + _contiguous(batch, seq, head, seq_len, NUM_KV_HEADS, HEAD_DIM)
+            _store_head(k_out_target, live, first, second, rest, 1, 0, 0, HEAD_DIM, ROTARY_DIM, IS_NEOX)
+        place, stored = _cache_place(
+            slots, slots_batch_stride, slots_token_stride, blocks, blocks_batch_stride, blocks_token_stride,
+            batch, seq, live, k_num_blocks, k_block_size, k_block_stride, k_slot_stride, k_slot_group_stride,
+            K_SLOT_GROUP, SKIP_NEGATIVE_SLOTS,
+        )  # fmt: skip
+        k_target = _bytes(k_cache + k_cache_offset + place + head * k_cache_head_stride, K_FLOAT8)
+        k_first = _to_cache(first, k_scale, k_cache, K_SCALE, K_FLOAT8, SATURATE)
+        k_second = _to_cache(second, k_scale, k_cache, K_SCALE, K_FLOAT8, SATURATE)
+        k_rest = _to_cache(rest, k_scale, k_cache, K_SCALE, K_FLOAT8, SATURATE)
+        _store_head(
+            k_target, stored, k_first, k_second, k_rest, k_lane_stride, k_lane_group_stride, K_LANE_GROUP,
+            HEAD_DIM, ROTARY_DIM, IS_NEOX,
+        )  # fmt: skip
+    else:
+        head, batch, seq, live = _rows(program - q_programs - kv_programs, num_tokens, seq_len, NUM_KV_HEADS, ROWS)
+        source = v + _token(batch, v_batch_stride, seq, v_token_stride) + head * v_head_stride
+        value = _load_lanes(source, live, 0, HEAD_DIM, 1)
+        place, stored = _cache_place(
+            slots, slots_batch_stride, slots_token_stride, blocks, blocks_batch_stride, blocks_token_stride,
+            batch, seq, live, v_num_blocks, v_block_size, v_block_stride, v_slot_stride, v_slot_group_stride,
+            V_SLOT_GROUP, SKIP_NEGATIVE_SLOTS,
+        )  # fmt: skip
+        # Where one tensor holds both, it is passed once.
+        v_base = k_cache if v_cache is None else v_cache
+        v_target = _bytes(v_base + v_cache_offset + place + head * v_cache_head_stride, V_FLOAT8)
+        v_stored = _to_cache(value, v_scale, v_base, V_SCALE, V_FLOAT8, SATURATE)
+        _store_lanes(v_target, stored, v_stored, 0, HEAD_DIM, v_lane_stride, v_lane_group_stride, V_LANE_GROUP)
+
+
+# --- rows ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _rows(program, num_tokens, seq_len, HEADS: tl.constexpr, ROWS: tl.constexpr):
+    """The head, batch and sequence index of each row of a program, [ROWS], and which rows exist."""
+    row = program * ROWS + tl.arange(0, ROWS)
+    token = row // HEADS
+    return row % HEADS, token // seq_len, token % seq_len, token < num_tokens
+
+
+@triton.jit
+def _token(batch, batch_stride, seq, seq_stride):
+    return batch.to(tl.int64) * batch_stride + seq.to(tl.int64) * seq_stride
+
+
+@triton.jit
+def _contiguous(batch, seq, head, seq_len, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr):
+    token = batch.to(tl.int64) * seq_len + seq
+    return (token * HEADS + head) * HEAD_DIM
+
+
+# --- norm and rotation --------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _norm_rope(
+    source, live, weight, cos, sin, positions, batch, seq,
+    cos_batch_stride, cos_row_stride, cos_lane_stride, sin_batch_stride, sin_row_stride, sin_lane_stride,
+    cos_table_rows, sin_table_rows, positions_axis_stride, positions_batch_stride, positions_token_stride,
+    HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, IS_NEOX: tl.constexpr, EPS: tl.constexpr,
+    GEMMA_NORM: tl.constexpr, ANGLE_PER_LANE: tl.constexpr, NUM_AXES: tl.constexpr, AXES: tl.constexpr,
+):  # fmt: skip
+    """The two lanes of every pair and the lanes that do not rotate, rounded to the dtype of the source."""
+    dtype: tl.constexpr = source.dtype.element_ty
+    REST: tl.constexpr = HEAD_DIM - ROTARY_DIM
+    first, second = _load_pairs(source, live, 1, ROTARY_DIM, IS_NEOX)
+    first, second = first.to(tl.float32), second.to(tl.float32)
+    rest = first
+    if REST > 0:
+        rest = _load_lanes(source, live, ROTARY_DIM, REST, 1).to(tl.float32)
+    if EPS is not None:
+        squares = tl.sum(first * first + second * second, 1)
+        if REST > 0:
+            squares += tl.sum(rest * rest, 1)
+        scale = tl.rsqrt(squares / HEAD_DIM + EPS)[:, None]
+        first, second = first * scale, second * scale
+        if REST > 0:
+            rest = rest * scale
+    if weight is not None:
+        # The same for every row, but loaded in the shape of the tile: see the module's first lines.
+        weights = weight + tl.zeros_like(seq)
+        first_weight, second_weight = _load_pairs(weights, live, 1, ROTARY_DIM, IS_NEOX)
+        first = first * _factor(first_weight, GEMMA_NORM)
+        second = second * _factor(second_weight, GEMMA_NORM)
+        if REST > 0:
+            rest = rest * _factor(_load_lanes(weights, live, ROTARY_DIM, REST, 1), GEMMA_NORM)
+
+    if NUM_AXES == 0:
+        cos_rows = cos + _token(batch, cos_batch_stride, seq, cos_row_stride)
+        sin_rows = sin + _token(batch, sin_batch_stride, seq, sin_row_stride)
+        cos_first, cos_second = _load_angles(cos_rows, live, cos_lane_stride, ROTARY_DIM, IS_NEOX, ANGLE_PER_LANE)
+        sin_first, sin_second = _load_angles(sin_rows, live, sin_lane_stride, ROTARY_DIM, IS_NEOX, ANGLE_PER_LANE)
+    else:
+        # Whole rows of every axis, from which each pair takes its own: a gather would load lane by lane.
+        lane_axis = _axis_of_pair(AXES, ROTARY_DIM)[None, :]
+        place = positions + _token(batch, positions_batch_stride, seq, positions_token_stride)
+        for axis in tl.static_range(NUM_AXES):
+            position = tl.load(place + axis * positions_axis_stride, mask=live, other=0).to(tl.int64)
+            cos_row, cos_inside = _table_row(position, live, cos_table_rows)
+            sin_row, sin_inside = _table_row(position, live, sin_table_rows)
+            c_first, c_second = _load_angles(
+                cos + cos_row * cos_row_stride, cos_inside, cos_lane_stride, ROTARY_DIM, IS_NEOX, ANGLE_PER_LANE
+            )
+            s_first, s_second = _load_angles(
+                sin + sin_row * sin_row_stride, sin_inside, sin_lane_stride, ROTARY_DIM, IS_NEOX, ANGLE_PER_LANE
+            )
+            if axis == 0:
+                cos_first, cos_second, sin_first, sin_second = c_first, c_second, s_first, s_second
+            else:
+                here = lane_axis == axis
+                cos_first, cos_second = tl.where(here, c_first, cos_first), tl.where(here, c_second, cos_second)
+                sin_first, sin_second = tl.where(here, s_first, sin_first), tl.where(here, s_second, sin_second)
+
+    rotated_first = first * cos_first - second * sin_first
+    rotated_second = second * cos_second + first * sin_second
+    return rotated_first.to(dtype), rotated_second.to(dtype), rest.to(dtype)
+
+
+@triton.jit
+def _factor(weight, GEMMA_NORM: tl.constexpr):
+    weight = weight.to(tl.float32)
+    if GEMMA_NORM:
+        weight += 1.0
+    return weight
+
+
+@triton.jit
+def _table_row(position, live, table_rows):
+    """The row of a table, negative positions counting from its end, and whether there is such a row."""
+    row = tl.where(position < 0, position + table_rows, position)
+    return row, live & (row >= 0) & (row < table_rows)
+
+
+@triton.jit
+def _load_angles(
+    rows, inside, lane_stride, ROTARY_DIM: tl.constexpr, IS_NEOX: tl.constexpr, ANGLE_PER_LANE: tl.constexpr
+):
+    """The angle's cosine or sine for the first and for the second lane of each pair; NaN outside the table."""
+    if ANGLE_PER_LANE:
+        first, second = _load_pairs(rows, inside, lane_stride, ROTARY_DIM, IS_NEOX, float("nan"))
+    else:
+        first = _load_lanes(rows, inside, 0, ROTARY_DIM // 2, lane_stride, float("nan"))
+        second = first
+    return first.to(tl.float32), second.to(tl.float32)
+
+
+@triton.jit
+def _axis_of_pair(AXES: tl.constexpr, ROTARY_DIM: tl.constexpr):
+    """Unpack two bits a pair from the number AXES."""
+    PAIRS: tl.constexpr = triton.next_power_of_2(ROTARY_DIM // 2)
+    pair = tl.arange(0, PAIRS)
+    axis = tl.zeros([PAIRS], tl.int32)
+    for word in tl.static_range((PAIRS + 14) // 15):
+        bits = (AXES >> (30 * word)) & 0x3FFFFFFF
+        axis = tl.where(pair // 15 == word, (bits >> (2 * (pair % 15))) & 3, axis)
+    return axis
+
+
+# --- the cache ----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _cache_place(
+    slots, slots_batch_stride, slots_token_stride, blocks, blocks_batch_stride, blocks_token_stride,
+    batch, seq, live, num_blocks, block_size, block_stride, slot_stride, slot_group_stride,
+    SLOT_GROUP: tl.constexpr, SKIP_NEGATIVE_SLOTS: tl.constexpr,
+):  # fmt: skip
+    """Where each token goes, and whether it goes anywhere: never outside the cache."""
+    slot = tl.load(slots + _token(batch, slots_batch_stride, seq, slots_token_stride), mask=live, other=0).to(tl.int64)
+    if not SKIP_NEGATIVE_SLOTS:
+        slot = tl.where(slot < 0, slot + block_size, slot)
+    if blocks is not None:
+        block = tl.load(blocks + _token(batch, blocks_batch_stride, seq, blocks_token_stride), mask=live, other=0)
+        block = block.to(tl.int64)
+        block = tl.where(block < 0, block + num_blocks, block)
+    else:
+        block = batch.to(tl.int64) % num_blocks
+    stored = live & (slot >= 0) & (slot < block_size) & (block >= 0) & (block < num_blocks)
+    place = block * block_stride
+    if SLOT_GROUP > 0:
+        place += slot // SLOT_GROUP * slot_group_stride + slot % SLOT_GROUP * slot_stride
+    else:
+        place += slot * slot_stride
+    return place, stored
+
+
+@triton.jit
+def _to_cache(value, scale_pointer, cache, SCALE: tl.constexpr, FLOAT8: tl.constexpr, SATURATE: tl.constexpr):
+    """`value` as the cache holds it; a float8 as its byte."""
+    if scale_pointer is not None:
+        value = tl.div_rn(value.to(tl.float32), tl.load(scale_pointer).to(tl.float32))
+    elif SCALE is not None:
+        value = tl.div_rn(value.to(tl.float32), SCALE)
+    if FLOAT8 is not None:
+        value = _float8(value.to(tl.float32), FLOAT8, SATURATE)
+    else:
+        value = value.to(cache.dtype.element_ty)
+    return value
+
+
+@triton.jit
+def _bytes(pointers, FLOAT8: tl.constexpr):
+    if FLOAT8 is not None:
+        pointers = pointers.to(tl.pointer_type(tl.uint8), bitcast=True)
+    return pointers
+
+
+@triton.jit
+def _float8(value, FORMAT: tl.constexpr, SATURATE: tl.constexpr):
+    """float32 to the byte of a float8, to nearest, ties to even, as ``torch.Tensor.to`` does it on every device.
+
+    In integers, so that the result does not depend on a GPU's converters: those saturate (NVIDIA) or may (AMD), and
+    PyTorch does not.
+    """
+    MANTISSA: tl.constexpr = 2 if FORMAT == "e5m2" else 3
+    BIAS: tl.constexpr = 15 if FORMAT == "e5m2" else 7 if FORMAT == "e4m3fn" else 8
+    LARGEST: tl.constexpr = 0x7B if FORMAT == "e5m2" else 0x7E if FORMAT == "e4m3fn" else 0x7F
+    OVERFLOW: tl.constexpr = 0x7C if FORMAT == "e5m2" else 0x7F if FORMAT == "e4m3fn" else 0x80
+    NAN: tl.constexpr = 0x80 if FORMAT == "e4m3fnuz" else 0x7F
+    SHIFT: tl.constexpr = 23 - MANTISSA
+    bits = value.to(tl.uint32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    rounded = magnitude + ((1 << (SHIFT - 1)) - 1) + ((magnitude >> SHIFT) & 1)
+    normal = (rounded >> SHIFT).to(tl.int32) - ((127 - BIAS) << MANTISSA)
+    # Adding a number whose last place is the smallest subnormal rounds to a multiple of it.
+    MAGIC: tl.constexpr = 2.0 ** (24 - BIAS - MANTISSA)
+    subnormal = (magnitude.to(tl.float32, bitcast=True) + MAGIC).to(tl.int32, bitcast=True) - (
+        (127 + 24 - BIAS - MANTISSA) << 23
+    )
+    byte = tl.where(magnitude < ((128 - BIAS) << 23), subnormal, normal)
+    byte = tl.where(byte > LARGEST, LARGEST if SATURATE else OVERFLOW, byte)
+    sign = (bits >> 24).to(tl.int32) & 0x80
+    if FORMAT == "e4m3fnuz":
+        sign = tl.where(byte == 0, 0, sign)
+    byte = tl.where(magnitude > 0x7F800000, NAN, byte) | sign
+    return byte.to(tl.uint8)
+
+
+# --- lanes --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _load_lanes(rows, live, START: tl.constexpr, COUNT: tl.constexpr, stride, other: tl.constexpr = 0.0):
+    """Lanes START … START + COUNT of each row, [ROWS, next power of two]."""
+    lane = tl.arange(0, triton.next_power_of_2(COUNT))
+    mask = live[:, None] & (lane < COUNT)[None, :]
+    return tl.load(rows[:, None] + ((START + lane) * stride)[None, :], mask=mask, other=other)
+
+
+@triton.jit
+def _load_pairs(rows, live, stride, ROTARY_DIM: tl.constexpr, IS_NEOX: tl.constexpr, other: tl.constexpr = 0.0):
+    """The first and the second lane of each pair: half a rotation apart (neox), or neighbours (GPT-J)."""
+    HALF: tl.constexpr = ROTARY_DIM // 2
+    if IS_NEOX:
+        first = _load_lanes(rows, live, 0, HALF, stride, other)
+        second = _load_lanes(rows, live, HALF, HALF, stride, other)
+    else:
+        both = _load_lanes(rows, live, 0, ROTARY_DIM, stride, other)
+        first, second = tl.split(tl.reshape(both, [both.shape[0], both.shape[1] // 2, 2]))
+    return first, second
+
+
+@triton.jit
+def _store_lanes(
+    rows, live, value, START: tl.constexpr, COUNT: tl.constexpr, stride, group_stride, GROUP: tl.constexpr
+):
+    """The counterpart of _load_lanes. Lanes of a cache may lie in groups, as in aiter's shuffle layout."""
+    lane = tl.arange(0, triton.next_power_of_2(COUNT))
+    mask = live[:, None] & (lane < COUNT)[None, :]
+    lane += START
+    if GROUP > 0:
+        offset = lane // GROUP * group_stride + lane % GROUP * stride
+    else:
+        offset = lane * stride
+    tl.store(rows[:, None] + offset[None, :], value, mask=mask)
+
+
+@triton.jit
+def _store_head(
+    rows, live, first, second, rest, stride, group_stride, GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, IS_NEOX: tl.constexpr,
+):  # fmt: skip
+    """The counterpart of _load_pairs, with the lanes that did not rotate."""
+    HALF: tl.constexpr = ROTARY_DIM // 2
+    if IS_NEOX:
+        _store_lanes(rows, live, first, 0, HALF, stride, group_stride, GROUP)
+        _store_lanes(rows, live, second, HALF, HALF, stride, group_stride, GROUP)
+    else:
+        _store_lanes(rows, live, tl.interleave(first, second), 0, ROTARY_DIM, stride, group_stride, GROUP)
+    if ROTARY_DIM < HEAD_DIM:
+        _store_lanes(rows, live, rest, ROTARY_DIM, HEAD_DIM - ROTARY_DIM, stride, group_stride, GROUP)
