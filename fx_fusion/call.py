@@ -141,5 +141,8 @@ def _after(node: Node) -> torch.Tensor:
 
 def _empty_like(emit: Emitter, node: Node | None) -> Node:
     value = _value(node)
-    shape = [emit.size(size) for size in value.shape]
-    return emit.call(aten.empty.memory_format, shape, dtype=value.dtype, device=value.device, pin_memory=False)
+    with value.fake_mode:
+        empty = value.new_empty(value.shape)
+    return emit.call_with_value(
+        empty, aten.empty.memory_format, list(value.shape), dtype=value.dtype, device=value.device, pin_memory=False
+    )

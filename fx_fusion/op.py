@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fx_fusion.kernels import reference, triton
+from fx_fusion.kernels import aiter, reference, triton
 from fx_fusion.kernels.cache_layout import CacheLayout
 
 _LIBRARY = torch.library.Library("fx_fusion", "DEF")
@@ -30,6 +30,7 @@ _LIBRARY.define(SCHEMA, tags=(torch.Tag.needs_exact_strides,))
 _KERNELS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "reference": reference.qk_norm_rope_cache,
     "triton": triton.qk_norm_rope_cache,
+    "aiter": aiter.qk_norm_rope_cache,
 }
 
 

@@ -64,6 +64,12 @@ class Problem:
     cache_stride: tuple[int | None, ...]
     return_k: bool
     skip_negative_slots: bool
+    block_size: int | None = None
+    """Slots of a block, where a block and an offset address the cache; None if unknown."""
+    scaled: bool = False
+    """k or v is divided by a scale as it is stored."""
+    scale_on_device: bool = False
+    """A scale is a tensor that is read at every call."""
 
 
 @dataclass(frozen=True)

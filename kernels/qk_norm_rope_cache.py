@@ -1,8 +1,8 @@
 """The Triton kernel: split → rmsnorm → mrope → cache-store, in one launch, on NVIDIA and AMD.
 
-One program serves ROWS rows, a row being one head of one token; first come the rows of q, then those of k, then those
-of v. Everything that a row needs is loaded in the shape of its tile, [ROWS, lanes], so that nothing is exchanged
-between threads but the sum of squares.
+A program serves TOKENS tokens and `heads_per_program` heads of q, of k or of v, one head after the other. What the
+heads of a token share (weights, cosines, sines) is loaded once, in the shape of the tile that a head is loaded in,
+[TOKENS, lanes], so that nothing moves between threads but the sum of squares.
 
 Arithmetic is float32. q and k are rounded once, to their own dtype; a cache of another dtype gets that value divided by
 its scale and rounded again (to nearest, ties to even).
@@ -17,7 +17,7 @@ import triton.language as tl
 @triton.jit
 def qk_norm_rope_cache(
     q, k, v, q_weight, k_weight, cos, sin, positions, slots, blocks, k_scale, v_scale, k_cache, v_cache, q_out, k_out,
-    num_tokens, seq_len,
+    num_tokens, seq_len, heads_per_program,
     q_batch_stride, q_token_stride, q_head_stride,
     k_batch_stride, k_token_stride, k_head_stride,
     v_batch_stride, v_token_stride, v_head_stride,
@@ -34,72 +34,78 @@ def qk_norm_rope_cache(
     ANGLE_PER_LANE: tl.constexpr, NUM_AXES: tl.constexpr, AXES: tl.constexpr,
     SKIP_NEGATIVE_SLOTS: tl.constexpr, SATURATE: tl.constexpr, K_SCALE: tl.constexpr, V_SCALE: tl.constexpr,
     K_SLOT_GROUP: tl.constexpr, K_LANE_GROUP: tl.constexpr, V_SLOT_GROUP: tl.constexpr, V_LANE_GROUP: tl.constexpr,
-    K_FLOAT8: tl.constexpr, V_FLOAT8: tl.constexpr, ROWS: tl.constexpr,
+    K_FLOAT8: tl.constexpr, V_FLOAT8: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0)
-    q_programs = tl.cdiv(num_tokens * NUM_HEADS, ROWS)
-    kv_programs = tl.cdiv(num_tokens * NUM_KV_HEADS, ROWS)
-    if program < q_programs:
-        head, batch, seq, live = _rows(program, num_tokens, seq_len, NUM_HEADS, ROWS)
-        source = q + _token(batch, q_batch_stride, seq, q_token_stride) + head * q_head_stride
-        first, second, rest = _norm_rope(
-            source, live, q_weight, cos, sin, positions, batch, seq,
+    tiles = tl.cdiv(num_tokens, TOKENS)
+    group = tl.program_id(0) // tiles
+    token = tl.program_id(0) % tiles * TOKENS + tl.arange(0, TOKENS)
+    batch, seq, live = token // seq_len, token % seq_len, token < num_tokens
+    q_groups = tl.cdiv(NUM_HEADS, heads_per_program)
+    kv_groups = tl.cdiv(NUM_KV_HEADS, heads_per_program)
+    if group < q_groups:
+        factors, angles = _load_factors(
+            q_weight, cos, sin, positions, batch, seq, live,
             cos_batch_stride, cos_row_stride, cos_lane_stride, sin_batch_stride, sin_row_stride, sin_lane_stride,
             cos_table_rows, sin_table_rows, positions_axis_stride, positions_batch_stride, positions_token_stride,
-            HEAD_DIM, ROTARY_DIM, IS_NEOX, Q_EPS, GEMMA_NORM, ANGLE_PER_LANE, NUM_AXES, AXES,
+            HEAD_DIM, ROTARY_DIM, IS_NEOX, GEMMA_NORM, ANGLE_PER_LANE, NUM_AXES, AXES,
         )  # fmt: skip
-        q_target = q_out + _contiguous(batch, seq, head, seq_len, NUM_HEADS, HEAD_DIM)
-        _store_head(q_target, live, first, second, rest, 1, 0, 0, HEAD_DIM, ROTARY_DIM, IS_NEOX)
-    elif program < q_programs + kv_programs:
-        head, batch, seq, live = _rows(program - q_programs, num_tokens, seq_len, NUM_KV_HEADS, ROWS)
-        source = k + _token(batch, k_batch_stride, seq, k_token_stride) + head * k_head_stride
-        first, second, rest = _norm_rope(
-            source, live, k_weight, cos, sin, positions, batch, seq,
+        q_rows = q + _token(batch, q_batch_stride, seq, q_token_stride)
+        q_out_rows = q_out + token.to(tl.int64) * (NUM_HEADS * HEAD_DIM)
+        first_head = group * heads_per_program
+        for head in range(first_head, min(first_head + heads_per_program, NUM_HEADS)):
+            first, second, rest = _norm_rope(
+                q_rows + head * q_head_stride, live, factors, angles, HEAD_DIM, ROTARY_DIM, IS_NEOX, Q_EPS
+            )
+            _store_head(q_out_rows + head * HEAD_DIM, live, first, second, rest, 1, 0, 0, HEAD_DIM, ROTARY_DIM, IS_NEOX)
+    elif group < q_groups + kv_groups:
+        factors, angles = _load_factors(
+            k_weight, cos, sin, positions, batch, seq, live,
             cos_batch_stride, cos_row_stride, cos_lane_stride, sin_batch_stride, sin_row_stride, sin_lane_stride,
             cos_table_rows, sin_table_rows, positions_axis_stride, positions_batch_stride, positions_token_stride,
-            HEAD_DIM, ROTARY_DIM, IS_NEOX, K_EPS, GEMMA_NORM, ANGLE_PER_LANE, NUM_AXES, AXES,
+            HEAD_DIM, ROTARY_DIM, IS_NEOX, GEMMA_NORM, ANGLE_PER_LANE, NUM_AXES, AXES,
         )  # fmt: skip
-        if k_out is not None:
-            k_out_target = k_out + _contiguous(batch, seq, head, seq_len, NUM_KV_HEADS, HEAD_DIM)
-            _store_head(k_out_target, live, first, second, rest, 1, 0, 0, HEAD_DIM, ROTARY_DIM, IS_NEOX)
         place, stored = _cache_place(
             slots, slots_batch_stride, slots_token_stride, blocks, blocks_batch_stride, blocks_token_stride,
             batch, seq, live, k_num_blocks, k_block_size, k_block_stride, k_slot_stride, k_slot_group_stride,
             K_SLOT_GROUP, SKIP_NEGATIVE_SLOTS,
         )  # fmt: skip
-        k_target = _bytes(k_cache + k_cache_offset + place + head * k_cache_head_stride, K_FLOAT8)
-        k_first = _to_cache(first, k_scale, k_cache, K_SCALE, K_FLOAT8, SATURATE)
-        k_second = _to_cache(second, k_scale, k_cache, K_SCALE, K_FLOAT8, SATURATE)
-        k_rest = _to_cache(rest, k_scale, k_cache, K_SCALE, K_FLOAT8, SATURATE)
-        _store_head(
-            k_target, stored, k_first, k_second, k_rest, k_lane_stride, k_lane_group_stride, K_LANE_GROUP,
-            HEAD_DIM, ROTARY_DIM, IS_NEOX,
-        )  # fmt: skip
+        k_rows = k + _token(batch, k_batch_stride, seq, k_token_stride)
+        k_cache_rows = _bytes(k_cache + k_cache_offset + place, K_FLOAT8)
+        first_head = (group - q_groups) * heads_per_program
+        for head in range(first_head, min(first_head + heads_per_program, NUM_KV_HEADS)):
+            first, second, rest = _norm_rope(
+                k_rows + head * k_head_stride, live, factors, angles, HEAD_DIM, ROTARY_DIM, IS_NEOX, K_EPS
+            )
+            if k_out is not None:
+                k_out_rows = k_out + token.to(tl.int64) * (NUM_KV_HEADS * HEAD_DIM)
+                _store_head(
+                    k_out_rows + head * HEAD_DIM, live, first, second, rest, 1, 0, 0, HEAD_DIM, ROTARY_DIM, IS_NEOX
+                )
+            _store_head(
+                k_cache_rows + head * k_cache_head_stride, stored,
+                _to_cache(first, k_scale, k_cache, K_SCALE, K_FLOAT8, SATURATE),
+                _to_cache(second, k_scale, k_cache, K_SCALE, K_FLOAT8, SATURATE),
+                _to_cache(rest, k_scale, k_cache, K_SCALE, K_FLOAT8, SATURATE),
+                k_lane_stride, k_lane_group_stride, K_LANE_GROUP, HEAD_DIM, ROTARY_DIM, IS_NEOX,
+            )  # fmt: skip
     else:
-        head, batch, seq, live = _rows(program - q_programs - kv_programs, num_tokens, seq_len, NUM_KV_HEADS, ROWS)
-        source = v + _token(batch, v_batch_stride, seq, v_token_stride) + head * v_head_stride
-        value = _load_lanes(source, live, 0, HEAD_DIM, 1)
         place, stored = _cache_place(
             slots, slots_batch_stride, slots_token_stride, blocks, blocks_batch_stride, blocks_token_stride,
             batch, seq, live, v_num_blocks, v_block_size, v_block_stride, v_slot_stride, v_slot_group_stride,
             V_SLOT_GROUP, SKIP_NEGATIVE_SLOTS,
         )  # fmt: skip
-        # Where one tensor holds both, it is passed once.
+        # Where one tensor holds both caches, it is passed once.
         v_base = k_cache if v_cache is None else v_cache
-        v_target = _bytes(v_base + v_cache_offset + place + head * v_cache_head_stride, V_FLOAT8)
-        v_stored = _to_cache(value, v_scale, v_base, V_SCALE, V_FLOAT8, SATURATE)
-        _store_lanes(v_target, stored, v_stored, 0, HEAD_DIM, v_lane_stride, v_lane_group_stride, V_LANE_GROUP)
-
-
-# --- rows ---------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _rows(program, num_tokens, seq_len, HEADS: tl.constexpr, ROWS: tl.constexpr):
-    """The head, batch and sequence index of each row of a program, [ROWS], and which rows exist."""
-    row = program * ROWS + tl.arange(0, ROWS)
-    token = row // HEADS
-    return row % HEADS, token // seq_len, token % seq_len, token < num_tokens
+        v_rows = v + _token(batch, v_batch_stride, seq, v_token_stride)
+        v_cache_rows = _bytes(v_base + v_cache_offset + place, V_FLOAT8)
+        first_head = (group - q_groups - kv_groups) * heads_per_program
+        for head in range(first_head, min(first_head + heads_per_program, NUM_KV_HEADS)):
+            value = _load_lanes(v_rows + head * v_head_stride, live, 0, HEAD_DIM, 1)
+            _store_lanes(
+                v_cache_rows + head * v_cache_head_stride, stored,
+                _to_cache(value, v_scale, v_base, V_SCALE, V_FLOAT8, SATURATE),
+                0, HEAD_DIM, v_lane_stride, v_lane_group_stride, V_LANE_GROUP,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -107,48 +113,29 @@ def _token(batch, batch_stride, seq, seq_stride):
     return batch.to(tl.int64) * batch_stride + seq.to(tl.int64) * seq_stride
 
 
-@triton.jit
-def _contiguous(batch, seq, head, seq_len, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr):
-    token = batch.to(tl.int64) * seq_len + seq
-    return (token * HEADS + head) * HEAD_DIM
-
-
 # --- norm and rotation --------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _norm_rope(
-    source, live, weight, cos, sin, positions, batch, seq,
+def _load_factors(
+    weight, cos, sin, positions, batch, seq, live,
     cos_batch_stride, cos_row_stride, cos_lane_stride, sin_batch_stride, sin_row_stride, sin_lane_stride,
     cos_table_rows, sin_table_rows, positions_axis_stride, positions_batch_stride, positions_token_stride,
-    HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, IS_NEOX: tl.constexpr, EPS: tl.constexpr,
-    GEMMA_NORM: tl.constexpr, ANGLE_PER_LANE: tl.constexpr, NUM_AXES: tl.constexpr, AXES: tl.constexpr,
+    HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, IS_NEOX: tl.constexpr, GEMMA_NORM: tl.constexpr,
+    ANGLE_PER_LANE: tl.constexpr, NUM_AXES: tl.constexpr, AXES: tl.constexpr,
 ):  # fmt: skip
-    """The two lanes of every pair and the lanes that do not rotate, rounded to the dtype of the source."""
-    dtype: tl.constexpr = source.dtype.element_ty
-    REST: tl.constexpr = HEAD_DIM - ROTARY_DIM
-    first, second = _load_pairs(source, live, 1, ROTARY_DIM, IS_NEOX)
-    first, second = first.to(tl.float32), second.to(tl.float32)
-    rest = first
-    if REST > 0:
-        rest = _load_lanes(source, live, ROTARY_DIM, REST, 1).to(tl.float32)
-    if EPS is not None:
-        squares = tl.sum(first * first + second * second, 1)
-        if REST > 0:
-            squares += tl.sum(rest * rest, 1)
-        scale = tl.rsqrt(squares / HEAD_DIM + EPS)[:, None]
-        first, second = first * scale, second * scale
-        if REST > 0:
-            rest = rest * scale
+    """What all heads of a token share: the norm's weights, and cosine and sine for either lane of a pair."""
+    factors = (1.0, 1.0, 1.0)
     if weight is not None:
-        # The same for every row, but loaded in the shape of the tile: see the module's first lines.
+        # The same for every token, but loaded in the shape of the tile: nothing moves between threads later.
         weights = weight + tl.zeros_like(seq)
-        first_weight, second_weight = _load_pairs(weights, live, 1, ROTARY_DIM, IS_NEOX)
-        first = first * _factor(first_weight, GEMMA_NORM)
-        second = second * _factor(second_weight, GEMMA_NORM)
-        if REST > 0:
-            rest = rest * _factor(_load_lanes(weights, live, ROTARY_DIM, REST, 1), GEMMA_NORM)
-
+        first_factor, second_factor = _load_pairs(weights, live, 1, ROTARY_DIM, IS_NEOX)
+        rest_factor = first_factor
+        if ROTARY_DIM < HEAD_DIM:
+            rest_factor = _load_lanes(weights, live, ROTARY_DIM, HEAD_DIM - ROTARY_DIM, 1)
+        factors = (
+            _factor(first_factor, GEMMA_NORM), _factor(second_factor, GEMMA_NORM), _factor(rest_factor, GEMMA_NORM),
+        )  # fmt: skip
     if NUM_AXES == 0:
         cos_rows = cos + _token(batch, cos_batch_stride, seq, cos_row_stride)
         sin_rows = sin + _token(batch, sin_batch_stride, seq, sin_row_stride)
@@ -156,7 +143,7 @@ def _norm_rope(
         sin_first, sin_second = _load_angles(sin_rows, live, sin_lane_stride, ROTARY_DIM, IS_NEOX, ANGLE_PER_LANE)
     else:
         # Whole rows of every axis, from which each pair takes its own: a gather would load lane by lane.
-        lane_axis = _axis_of_pair(AXES, ROTARY_DIM)[None, :]
+        pair_axis = _axis_of_pair(AXES, ROTARY_DIM)[None, :]
         place = positions + _token(batch, positions_batch_stride, seq, positions_token_stride)
         for axis in tl.static_range(NUM_AXES):
             position = tl.load(place + axis * positions_axis_stride, mask=live, other=0).to(tl.int64)
@@ -171,12 +158,34 @@ def _norm_rope(
             if axis == 0:
                 cos_first, cos_second, sin_first, sin_second = c_first, c_second, s_first, s_second
             else:
-                here = lane_axis == axis
+                here = pair_axis == axis
                 cos_first, cos_second = tl.where(here, c_first, cos_first), tl.where(here, c_second, cos_second)
                 sin_first, sin_second = tl.where(here, s_first, sin_first), tl.where(here, s_second, sin_second)
+    return factors, (cos_first, cos_second, sin_first, sin_second)
 
-    rotated_first = first * cos_first - second * sin_first
-    rotated_second = second * cos_second + first * sin_second
+
+@triton.jit
+def _norm_rope(
+    rows, live, factors, angles, HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, IS_NEOX: tl.constexpr,
+    EPS: tl.constexpr,
+):  # fmt: skip
+    """One head of every token: the two lanes of each pair and the lanes that do not rotate, rounded to its dtype."""
+    dtype: tl.constexpr = rows.dtype.element_ty
+    REST: tl.constexpr = HEAD_DIM - ROTARY_DIM
+    first, second = _load_pairs(rows, live, 1, ROTARY_DIM, IS_NEOX)
+    first, second = first.to(tl.float32), second.to(tl.float32)
+    rest = first
+    if REST > 0:
+        rest = _load_lanes(rows, live, ROTARY_DIM, REST, 1).to(tl.float32)
+    if EPS is not None:
+        squares = tl.sum(first * first + second * second, 1)
+        if REST > 0:
+            squares += tl.sum(rest * rest, 1)
+        scale = tl.rsqrt(squares / HEAD_DIM + EPS)[:, None]
+        first, second, rest = first * scale, second * scale, rest * scale
+    first, second, rest = first * factors[0], second * factors[1], rest * factors[2]
+    rotated_first = first * angles[0] - second * angles[2]
+    rotated_second = second * angles[1] + first * angles[3]
     return rotated_first.to(dtype), rotated_second.to(dtype), rest.to(dtype)
 
 
@@ -305,7 +314,7 @@ def _float8(value, FORMAT: tl.constexpr, SATURATE: tl.constexpr):
 
 @triton.jit
 def _load_lanes(rows, live, START: tl.constexpr, COUNT: tl.constexpr, stride, other: tl.constexpr = 0.0):
-    """Lanes START … START + COUNT of each row, [ROWS, next power of two]."""
+    """Lanes START … START + COUNT of each row, [TOKENS, next power of two]."""
     lane = tl.arange(0, triton.next_power_of_2(COUNT))
     mask = live[:, None] & (lane < COUNT)[None, :]
     return tl.load(rows[:, None] + ((START + lane) * stride)[None, :], mask=mask, other=other)

@@ -57,10 +57,11 @@ KERNEL = Kernel("triton", unavailable, refuses)
 
 @dataclass(frozen=True)
 class Tile:
-    """How many rows (heads of tokens) one program serves, with how many warps."""
+    """What one program serves: so many tokens, and so many heads of each, with so many warps."""
 
-    rows: int
+    tokens: int
     num_warps: int
+    heads: Size = 1
 
 
 @dataclass(frozen=True)
@@ -73,14 +74,12 @@ class Launch:
     tile: Tile
 
 
-def choose_tile(num_rows: Size, head_dim: int) -> Tile:
-    """From the measurements in examples/benchmarks/kernel.md: few rows spread over all processors, many fill them."""
-    lanes = 128 / head_dim
-    if num_rows <= 2560 * lanes:
+def choose_tile(num_tokens: Size, num_heads: int, num_kv_heads: int, head_dim: int) -> Tile:
+    """From the measurements in examples/benchmarks/kernel.md."""
+    rows = num_tokens * (num_heads + 2 * num_kv_heads)
+    if rows <= 5120:
         return Tile(2, 1)
-    if num_rows <= 16384 * lanes:
-        return Tile(8, 4)
-    return Tile(16, 2)
+    return Tile(8, 1, 4)
 
 
 def plan(
@@ -119,11 +118,12 @@ def plan(
     batch, seq, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[2]
     num_tokens = batch * seq
-    tile = tile or choose_tile(num_tokens * (num_heads + 2 * num_kv_heads), head_dim)
+    tile = tile or choose_tile(num_tokens, num_heads, num_kv_heads, head_dim)
     cos_strides, sin_strides = (_angle_strides(rows, positions) for rows in (cos, sin))
     arguments = {
         "num_tokens": num_tokens,
         "seq_len": seq,
+        "heads_per_program": tile.heads,
         **_named(("q_batch_stride", "q_token_stride", "q_head_stride"), q.stride()[:3]),
         **_named(("k_batch_stride", "k_token_stride", "k_head_stride"), k.stride()[:3]),
         **_named(("v_batch_stride", "v_token_stride", "v_head_stride"), v.stride()[:3]),
@@ -166,8 +166,8 @@ def plan(
         "K_FLOAT8": FLOAT8.get(k_cache.dtype),
         "V_FLOAT8": FLOAT8.get(v_cache.dtype),
     }
-    programs = _programs(num_tokens, num_heads, tile) + 2 * _programs(num_tokens, num_kv_heads, tile)
-    return Launch(programs, arguments, constants, tile)
+    groups = _cdiv(num_heads, tile.heads) + 2 * _cdiv(num_kv_heads, tile.heads)
+    return Launch(_cdiv(num_tokens, tile.tokens) * groups, arguments, constants, tile)
 
 
 def qk_norm_rope_cache(*operands: Tensor | None, return_k: bool, **options: Any) -> tuple[Tensor, Tensor]:
@@ -187,7 +187,7 @@ def qk_norm_rope_cache(*operands: Tensor | None, return_k: bool, **options: Any)
                 k_out,
                 *launch.arguments.values(),
                 *launch.constants.values(),
-                ROWS=launch.tile.rows,
+                TOKENS=launch.tile.tokens,
                 num_warps=launch.tile.num_warps,
             )
     return q_out, k_out if k_out is not None else q_out.new_empty(0)
@@ -210,12 +210,12 @@ def with_tile(tile: Tile) -> Any:
     """The kernel as a graph holds it, with one configuration, hence nothing to tune."""
     import triton
 
-    config = triton.Config({"ROWS": tile.rows}, num_warps=tile.num_warps)
+    config = triton.Config({"TOKENS": tile.tokens}, num_warps=tile.num_warps)
     return triton.autotune(configs=[config], key=[])(kernel())
 
 
-def _programs(num_tokens: Size, heads: int, tile: Tile) -> Size:
-    return (num_tokens * heads + tile.rows - 1) // tile.rows
+def _cdiv(count: Size, size: Size) -> Size:
+    return (count + size - 1) // size
 
 
 def _named(names: Sequence[str], values: Sequence[Size]) -> dict[str, Size]:

@@ -18,9 +18,9 @@ fp8 = torch.float8_e4m3fn
 
 VARIANTS = {
     "plain": Variant(),
-    "one tile for all": Variant(seq=3, tile=Tile(16, 4)),
+    "one tile for all": Variant(seq=3, tile=Tile(16, 2, 3)),
     "small tile": Variant(seq=7, tile=Tile(2, 1)),
-    "many tokens": Variant(seq=40, num_heads=8, tile=Tile(16, 2)),
+    "many tokens": Variant(seq=40, num_heads=8, tile=Tile(8, 1, 4)),
     "batch": Variant(batch=3, seq=4),
     "float16": Variant(dtype=torch.float16),
     "float32": Variant(dtype=torch.float32),
