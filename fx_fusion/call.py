@@ -14,9 +14,10 @@ import torch
 from torch._higher_order_ops.auto_functionalize import auto_functionalized_v2
 from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton_kernel_wrapper_functional
 from torch.fx import Node
+from torch.fx.node import map_aggregate
 
 from fx_fusion import op
-from fx_fusion.emit import Emitter
+from fx_fusion.emit import Emitter, value_of
 from fx_fusion.kernels import triton
 from fx_fusion.opset import aten
 
@@ -55,7 +56,7 @@ def _insert_op(
     return_k: bool,
 ) -> Results:
     bases = list(dict.fromkeys((k_cache, v_cache)))
-    q, k = _value(operands["q"]), _value(operands["k"])
+    q, k = value_of(operands["q"]), value_of(operands["k"])
     with q.fake_mode:
         rotated = (q.new_empty(q.shape), k.new_empty(k.shape if return_k else (0,)))
     arguments = {
@@ -87,7 +88,7 @@ def _insert_triton(
     return_k: bool,
 ) -> Results:
     tensors: dict[str, Node | None] = {**operands, "k_cache": k_cache, "v_cache": v_cache}
-    values: list[Any] = [node and node.meta["val"] for node in tensors.values()]
+    values: list[Any] = [value_of(node) for node in tensors.values()]
     launch = triton.plan(*values, **options)
     tensors["q_out"] = _empty_like(emit, operands["q"])
     tensors["k_out"] = _empty_like(emit, operands["k"]) if return_k else None
@@ -103,7 +104,7 @@ def _insert_triton(
     present = {name: node for name, node in tensors.items() if node is not None}
     written = [name for name in ("k_cache", "v_cache", "q_out", "k_out") if name in present]
     arguments = {
-        "kernel_idx": kernel_side_table.add_kernel(triton.with_tile(launch.tile)),
+        "kernel_idx": kernel_side_table.add_kernel(triton.with_warps(launch.tile.num_warps)),
         "constant_args_idx": kernel_side_table.add_constant_args(constant),
         "grid": [(launch.programs, 1, 1)],
         "tma_descriptor_metadata": {},
@@ -113,8 +114,7 @@ def _insert_triton(
     after = {name: _after(present[name]) for name in written}
     call = emit.call_with_value(after, triton_kernel_wrapper_functional, **arguments)
     # Sizes and strides are arguments of the launch: the tensors must arrive with the very strides they have here.
-    inputs = {name: node.meta["val"] for name, node in present.items()}
-    call.meta["eager_input_vals"] = ((), {**arguments, "kwargs": {**inputs, **symbolic}})
+    call.meta["eager_input_vals"] = ((), map_aggregate(call.kwargs, value_of))
     result = {name: emit.call(operator.getitem, call, name) for name in written}
     return Results(
         result["q_out"],
@@ -123,24 +123,19 @@ def _insert_triton(
     )
 
 
-def _value(node: Node | None) -> Any:
-    assert node is not None
-    return node.meta["val"]
-
-
 def _after(node: Node) -> torch.Tensor:
     """The fake value of a tensor that the call writes, after the call.
 
     It gets storage of its own: a fake value that shares the input's would make Inductor see the reader of the new
     cache as a reader of the old one, and copy the cache.
     """
-    value = _value(node)
+    value = value_of(node)
     with value.fake_mode:
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
 
 
 def _empty_like(emit: Emitter, node: Node | None) -> Node:
-    value = _value(node)
+    value = value_of(node)
     with value.fake_mode:
         empty = value.new_empty(value.shape)
     return emit.call_with_value(

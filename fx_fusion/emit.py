@@ -8,17 +8,26 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
-from torch.utils._sympy.functions import FloorDiv
+from torch.utils._sympy.functions import FloorDiv, Min
 
 from fx_fusion.opset import aten
 from fx_fusion.sizes import same
 
 Size = int | torch.SymInt
+
+#: How the expression of a size is computed by nodes.
+_ARITHMETIC: dict[Any, Any] = {
+    sympy.Add: operator.add,
+    sympy.Mul: operator.mul,
+    FloorDiv: operator.floordiv,
+    Min: torch.sym_min,
+}
 
 #: Key in ``meta`` of every node that a rewrite put into the graph.
 EMITTED = "fx_fusion"
@@ -35,8 +44,8 @@ class Emitter:
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         """A new node, its ``meta["val"]`` computed on fake tensors."""
         node = self._insert(target, args, kwargs)
-        fake_args: Any = map_aggregate(node.args, _fake)
-        fake_kwargs: Any = map_aggregate(node.kwargs, _fake)
+        fake_args: Any = map_aggregate(node.args, value_of)
+        fake_kwargs: Any = map_aggregate(node.kwargs, value_of)
         with _fake_mode((fake_args, fake_kwargs)):
             node.meta["val"] = target(*fake_args, **fake_kwargs)
         return node
@@ -85,9 +94,7 @@ class Emitter:
             for dim, size in enumerate(value.shape):
                 if isinstance(size, torch.SymInt) and size.node.expr == expression:
                     return self.call(aten.sym_size.int, node, dim)
-        combine = operator.add if expression.is_Add else operator.mul if expression.is_Mul else None
-        if isinstance(expression, FloorDiv):
-            combine = operator.floordiv
+        combine = next((function for kind, function in _ARITHMETIC.items() if isinstance(expression, kind)), None)
         if combine is not None:
             return functools.reduce(functools.partial(self.call, combine), map(self._operand, expression.args))
         raise LookupError(f"no node of the graph holds the size {expression}")
@@ -112,7 +119,8 @@ def take(emit: Emitter, source: Node, grid: Sequence[Size], tail: Sequence[tuple
     return view
 
 
-def _fake(value: Any) -> Any:
+def value_of(value: Any) -> Any:
+    """The fake value of a node; of anything else, itself."""
     return value.meta["val"] if isinstance(value, Node) else value
 
 

@@ -92,7 +92,8 @@ def qk_norm_rope_cache(
         implementation: which kernel runs: ``"reference"`` or ``"triton"``.
 
     An index outside its table or cache: the reference raises ``IndexError`` (on a GPU, a device-side assertion). The
-    Triton kernel reads and writes nothing there: such a slot stores nothing, such a position gives NaN.
+    Triton kernel reads and writes nothing there: such a slot stores nothing, such a position gives NaN in every lane
+    that rotates.
 
     Returns:
         q rotated, [B, S, Hq, D] contiguous in q's dtype, and k rotated, [B, S, Hk, D] (empty without `return_k`).

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from fx_fusion.kernels import reference, self_check, triton
+from fx_fusion.kernels.agreement import Launch
 from fx_fusion.kernels.aiter_call import Call, Operands, Options, launch, prepare, problem
 from fx_fusion.kernels.contract import Kernel, Problem, Target, mrope_section
-from fx_fusion.kernels.small_problem import Signature
+from fx_fusion.kernels.signature import Signature
 
 THREE_AXES = "fused_qk_norm_mrope_3d_cache_pts_quant_shuffle"
 ONE_AXIS = "fused_qk_norm_rope_cache_pts_quant_shuffle"
@@ -216,6 +217,6 @@ def _function_for(call: Call) -> Callable[..., None]:
     return _function(ONE_AXIS if call.positions.shape[0] == 1 else THREE_AXES)
 
 
-def _next_best(device: torch.device) -> self_check.Launch:
+def _next_best(device: torch.device) -> Launch:
     runs = triton.unavailable(Target.of(device)) is None
     return triton.qk_norm_rope_cache if runs else reference.qk_norm_rope_cache

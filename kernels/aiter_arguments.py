@@ -118,7 +118,7 @@ def group_size(cache_dtype: torch.dtype) -> int:
 def slot_mapping(slots: Tensor, blocks: Tensor | None, layout: CacheLayout, skip_negative: bool) -> Tensor:
     """[B or 1, S]. Negative slots are skipped by aiter; the operation may count them from the end.
 
-    The remainder does so from the end in one launch, where a comparison, a sum and a choice are three.
+    The remainder is one launch, where a comparison, a sum and a choice are three.
     """
     num_blocks, block_size = int(layout.num_blocks), int(layout.block_size)
     offsets = slots if skip_negative else torch.remainder(slots, block_size)

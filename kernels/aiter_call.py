@@ -190,7 +190,7 @@ def _positions(call: Call, batch: int, seq: int) -> tuple[Tensor, tuple[list[int
     axes = call.positions.shape[0]
     rows = arguments.table_rows(call.positions, call.table.shape[0]).expand(axes, batch, seq).reshape(axes, -1)
     if axes == 1:
-        return rows[0].contiguous(), ()
+        return rows[0], ()
     sections = mrope_section(tuple(call.options.axes))
     assert sections is not None, "the contract asks for sections"
     return rows, (list(sections[0]), sections[1])

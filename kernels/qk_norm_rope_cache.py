@@ -1,6 +1,6 @@
 """The Triton kernel: split → rmsnorm → mrope → cache-store, in one launch, on NVIDIA and AMD.
 
-A program serves TOKENS tokens and `heads_per_program` heads of q, of k or of v, one head after the other. What the
+A program serves TOKENS tokens and HEADS heads of q, of k or of v. What the
 heads of a token share (weights, cosines, sines) is loaded once, in the shape of the tile that a head is loaded in,
 [TOKENS, lanes], so that nothing moves between threads but the sum of squares.
 
@@ -29,65 +29,83 @@ def qk_norm_rope_cache(
     k_block_stride, k_slot_stride, k_cache_head_stride, k_lane_stride, k_slot_group_stride, k_lane_group_stride,
     v_cache_offset, v_num_blocks, v_block_size,
     v_block_stride, v_slot_stride, v_cache_head_stride, v_lane_stride, v_slot_group_stride, v_lane_group_stride,
-    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr,
+    ONE_SEQUENCE: tl.constexpr, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr,
     IS_NEOX: tl.constexpr, Q_EPS: tl.constexpr, K_EPS: tl.constexpr, GEMMA_NORM: tl.constexpr,
-    ANGLE_PER_LANE: tl.constexpr, NUM_AXES: tl.constexpr, AXES: tl.constexpr,
+    ANGLE_PER_LANE: tl.constexpr, NUM_AXES: tl.constexpr, AXES: tl.constexpr, SAME_ROWS: tl.constexpr,
     SKIP_NEGATIVE_SLOTS: tl.constexpr, SATURATE: tl.constexpr, K_SCALE: tl.constexpr, V_SCALE: tl.constexpr,
     K_SLOT_GROUP: tl.constexpr, K_LANE_GROUP: tl.constexpr, V_SLOT_GROUP: tl.constexpr, V_LANE_GROUP: tl.constexpr,
-    K_FLOAT8: tl.constexpr, V_FLOAT8: tl.constexpr, TOKENS: tl.constexpr,
+    K_FLOAT8: tl.constexpr, V_FLOAT8: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, ALL_HEADS: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(num_tokens, TOKENS)
     group = tl.program_id(0) // tiles
     token = tl.program_id(0) % tiles * TOKENS + tl.arange(0, TOKENS)
-    batch, seq, live = token // seq_len, token % seq_len, token < num_tokens
-    q_groups = tl.cdiv(NUM_HEADS, heads_per_program)
-    kv_groups = tl.cdiv(NUM_KV_HEADS, heads_per_program)
-    if group < q_groups:
+    live = token < num_tokens
+    # One sequence is told apart, since a division costs more than all of a program's other index arithmetic.
+    batch, seq = (tl.zeros_like(token), token) if ONE_SEQUENCE else (token // seq_len, token % seq_len)
+    # A launch with a symbolic number of tokens decides by that number how many of HEADS a program serves.
+    heads = HEADS if ALL_HEADS else heads_per_program
+    # No head is left over: nothing to ask.
+    EVEN: tl.constexpr = ALL_HEADS and NUM_HEADS % HEADS + NUM_KV_HEADS % HEADS == 0
+    q_groups = tl.cdiv(NUM_HEADS, heads)
+    kv_groups = tl.cdiv(NUM_KV_HEADS, heads)
+    if group < q_groups + kv_groups:
+        # q and k take one path: less code to fetch, which is half the time of a small launch.
+        is_q = group < q_groups
+        first_head = (group if is_q else group - q_groups) * heads
+        num_heads = NUM_HEADS if is_q else NUM_KV_HEADS
+        source = q if is_q else k
+        rows = source + _token(
+            batch, q_batch_stride if is_q else k_batch_stride, seq, q_token_stride if is_q else k_token_stride
+        )
+        head_stride = q_head_stride if is_q else k_head_stride
+        weight = q_weight
+        if q_weight is not None:
+            weight = q_weight if is_q else k_weight
+        eps = Q_EPS
+        if Q_EPS is not None:
+            eps = Q_EPS if is_q else K_EPS
+        last_head = min(first_head + heads, num_heads)
+        # All loads of heads come first, so that they are in flight together, and with those of the angles.
+        loaded = ()
+        for turn in tl.static_range(HEADS):
+            here = live if EVEN else live & (first_head + turn < last_head)
+            head_rows = rows + (first_head + turn) * head_stride
+            loaded += (_load_head(head_rows, here, HEAD_DIM, ROTARY_DIM, IS_NEOX),)
         factors, angles = _load_factors(
-            q_weight, cos, sin, positions, batch, seq, live,
+            weight, cos, sin, positions, batch, seq, live,
             cos_batch_stride, cos_row_stride, cos_lane_stride, sin_batch_stride, sin_row_stride, sin_lane_stride,
             cos_table_rows, sin_table_rows, positions_axis_stride, positions_batch_stride, positions_token_stride,
-            HEAD_DIM, ROTARY_DIM, IS_NEOX, GEMMA_NORM, ANGLE_PER_LANE, NUM_AXES, AXES,
+            HEAD_DIM, ROTARY_DIM, IS_NEOX, GEMMA_NORM, ANGLE_PER_LANE, NUM_AXES, AXES, SAME_ROWS,
         )  # fmt: skip
-        q_rows = q + _token(batch, q_batch_stride, seq, q_token_stride)
-        q_out_rows = q_out + token.to(tl.int64) * (NUM_HEADS * HEAD_DIM)
-        first_head = group * heads_per_program
-        for head in range(first_head, min(first_head + heads_per_program, NUM_HEADS)):
-            first, second, rest = _norm_rope(
-                q_rows + head * q_head_stride, live, factors, angles, HEAD_DIM, ROTARY_DIM, IS_NEOX, Q_EPS
-            )
-            _store_head(q_out_rows + head * HEAD_DIM, live, first, second, rest, 1, 0, 0, HEAD_DIM, ROTARY_DIM, IS_NEOX)
-    elif group < q_groups + kv_groups:
-        factors, angles = _load_factors(
-            k_weight, cos, sin, positions, batch, seq, live,
-            cos_batch_stride, cos_row_stride, cos_lane_stride, sin_batch_stride, sin_row_stride, sin_lane_stride,
-            cos_table_rows, sin_table_rows, positions_axis_stride, positions_batch_stride, positions_token_stride,
-            HEAD_DIM, ROTARY_DIM, IS_NEOX, GEMMA_NORM, ANGLE_PER_LANE, NUM_AXES, AXES,
-        )  # fmt: skip
-        place, stored = _cache_place(
-            slots, slots_batch_stride, slots_token_stride, blocks, blocks_batch_stride, blocks_token_stride,
-            batch, seq, live, k_num_blocks, k_block_size, k_block_stride, k_slot_stride, k_slot_group_stride,
-            K_SLOT_GROUP, SKIP_NEGATIVE_SLOTS,
-        )  # fmt: skip
-        k_rows = k + _token(batch, k_batch_stride, seq, k_token_stride)
-        k_cache_rows = _bytes(k_cache + k_cache_offset + place, K_FLOAT8)
-        first_head = (group - q_groups) * heads_per_program
-        for head in range(first_head, min(first_head + heads_per_program, NUM_KV_HEADS)):
-            first, second, rest = _norm_rope(
-                k_rows + head * k_head_stride, live, factors, angles, HEAD_DIM, ROTARY_DIM, IS_NEOX, K_EPS
-            )
-            if k_out is not None:
-                k_out_rows = k_out + token.to(tl.int64) * (NUM_KV_HEADS * HEAD_DIM)
-                _store_head(
-                    k_out_rows + head * HEAD_DIM, live, first, second, rest, 1, 0, 0, HEAD_DIM, ROTARY_DIM, IS_NEOX
-                )
-            _store_head(
-                k_cache_rows + head * k_cache_head_stride, stored,
-                _to_cache(first, k_scale, k_cache, K_SCALE, K_FLOAT8, SATURATE),
-                _to_cache(second, k_scale, k_cache, K_SCALE, K_FLOAT8, SATURATE),
-                _to_cache(rest, k_scale, k_cache, K_SCALE, K_FLOAT8, SATURATE),
-                k_lane_stride, k_lane_group_stride, K_LANE_GROUP, HEAD_DIM, ROTARY_DIM, IS_NEOX,
+        if is_q:
+            q_out_rows = q_out + token.to(tl.int64) * (NUM_HEADS * HEAD_DIM)
+            for turn in tl.static_range(HEADS):
+                if EVEN or first_head + turn < last_head:
+                    rotated = _norm_rope(loaded[turn], factors, angles, eps, HEAD_DIM, ROTARY_DIM)
+                    head_rows = q_out_rows + (first_head + turn) * HEAD_DIM
+                    _store_head(head_rows, live, rotated, 1, 0, 0, HEAD_DIM, ROTARY_DIM, IS_NEOX)
+        else:
+            place, stored = _cache_place(
+                slots, slots_batch_stride, slots_token_stride, blocks, blocks_batch_stride, blocks_token_stride,
+                batch, seq, live, k_num_blocks, k_block_size, k_block_stride, k_slot_stride, k_slot_group_stride,
+                K_SLOT_GROUP, SKIP_NEGATIVE_SLOTS,
             )  # fmt: skip
+            k_cache_rows = _bytes(k_cache + k_cache_offset + place, K_FLOAT8)
+            for turn in tl.static_range(HEADS):
+                if EVEN or first_head + turn < last_head:
+                    rotated = _norm_rope(loaded[turn], factors, angles, eps, HEAD_DIM, ROTARY_DIM)
+                    if k_out is not None:
+                        k_out_rows = k_out + (token.to(tl.int64) * NUM_KV_HEADS + first_head + turn) * HEAD_DIM
+                        _store_head(k_out_rows, live, rotated, 1, 0, 0, HEAD_DIM, ROTARY_DIM, IS_NEOX)
+                    k_stored = (
+                        _to_cache(rotated[0], k_scale, k_cache, K_SCALE, K_FLOAT8, SATURATE),
+                        _to_cache(rotated[1], k_scale, k_cache, K_SCALE, K_FLOAT8, SATURATE),
+                        _to_cache(rotated[2], k_scale, k_cache, K_SCALE, K_FLOAT8, SATURATE),
+                    )
+                    _store_head(
+                        k_cache_rows + (first_head + turn) * k_cache_head_stride, stored, k_stored,
+                        k_lane_stride, k_lane_group_stride, K_LANE_GROUP, HEAD_DIM, ROTARY_DIM, IS_NEOX,
+                    )  # fmt: skip
     else:
         place, stored = _cache_place(
             slots, slots_batch_stride, slots_token_stride, blocks, blocks_batch_stride, blocks_token_stride,
@@ -98,12 +116,17 @@ def qk_norm_rope_cache(
         v_base = k_cache if v_cache is None else v_cache
         v_rows = v + _token(batch, v_batch_stride, seq, v_token_stride)
         v_cache_rows = _bytes(v_base + v_cache_offset + place, V_FLOAT8)
-        first_head = (group - q_groups - kv_groups) * heads_per_program
-        for head in range(first_head, min(first_head + heads_per_program, NUM_KV_HEADS)):
-            value = _load_lanes(v_rows + head * v_head_stride, live, 0, HEAD_DIM, 1)
+        first_head = (group - q_groups - kv_groups) * heads
+        last_head = min(first_head + heads, NUM_KV_HEADS)
+        values = ()
+        for turn in tl.static_range(HEADS):
+            here = live if EVEN else live & (first_head + turn < last_head)
+            values += (_load_lanes(v_rows + (first_head + turn) * v_head_stride, here, 0, HEAD_DIM, 1),)
+        for turn in tl.static_range(HEADS):
+            here = stored if EVEN else stored & (first_head + turn < last_head)
             _store_lanes(
-                v_cache_rows + head * v_cache_head_stride, stored,
-                _to_cache(value, v_scale, v_base, V_SCALE, V_FLOAT8, SATURATE),
+                v_cache_rows + (first_head + turn) * v_cache_head_stride, here,
+                _to_cache(values[turn], v_scale, v_base, V_SCALE, V_FLOAT8, SATURATE),
                 0, HEAD_DIM, v_lane_stride, v_lane_group_stride, V_LANE_GROUP,
             )  # fmt: skip
 
@@ -122,7 +145,7 @@ def _load_factors(
     cos_batch_stride, cos_row_stride, cos_lane_stride, sin_batch_stride, sin_row_stride, sin_lane_stride,
     cos_table_rows, sin_table_rows, positions_axis_stride, positions_batch_stride, positions_token_stride,
     HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, IS_NEOX: tl.constexpr, GEMMA_NORM: tl.constexpr,
-    ANGLE_PER_LANE: tl.constexpr, NUM_AXES: tl.constexpr, AXES: tl.constexpr,
+    ANGLE_PER_LANE: tl.constexpr, NUM_AXES: tl.constexpr, AXES: tl.constexpr, SAME_ROWS: tl.constexpr,
 ):  # fmt: skip
     """What all heads of a token share: the norm's weights, and cosine and sine for either lane of a pair."""
     factors = (1.0, 1.0, 1.0)
@@ -141,47 +164,54 @@ def _load_factors(
         sin_rows = sin + _token(batch, sin_batch_stride, seq, sin_row_stride)
         cos_first, cos_second = _load_angles(cos_rows, live, cos_lane_stride, ROTARY_DIM, IS_NEOX, ANGLE_PER_LANE)
         sin_first, sin_second = _load_angles(sin_rows, live, sin_lane_stride, ROTARY_DIM, IS_NEOX, ANGLE_PER_LANE)
+        cos_first, cos_second = cos_first.to(tl.float32), cos_second.to(tl.float32)
     else:
         # Whole rows of every axis, from which each pair takes its own: a gather would load lane by lane.
         pair_axis = _axis_of_pair(AXES, ROTARY_DIM)[None, :]
         place = positions + _token(batch, positions_batch_stride, seq, positions_token_stride)
+        all_inside = live
         for axis in tl.static_range(NUM_AXES):
-            position = tl.load(place + axis * positions_axis_stride, mask=live, other=0).to(tl.int64)
+            position = tl.load(place + axis * positions_axis_stride, mask=live, other=0)
             cos_row, cos_inside = _table_row(position, live, cos_table_rows)
-            sin_row, sin_inside = _table_row(position, live, sin_table_rows)
-            c_first, c_second = _load_angles(
-                cos + cos_row * cos_row_stride, cos_inside, cos_lane_stride, ROTARY_DIM, IS_NEOX, ANGLE_PER_LANE
-            )
-            s_first, s_second = _load_angles(
-                sin + sin_row * sin_row_stride, sin_inside, sin_lane_stride, ROTARY_DIM, IS_NEOX, ANGLE_PER_LANE
-            )
+            sin_row, sin_inside = cos_row, cos_inside
+            if not SAME_ROWS:
+                sin_row, sin_inside = _table_row(position, live, sin_table_rows)
+            all_inside = all_inside & cos_inside & sin_inside
+            cos_rows, sin_rows = cos + cos_row * cos_row_stride, sin + sin_row * sin_row_stride
+            c_first, c_second = _load_angles(cos_rows, cos_inside, cos_lane_stride, ROTARY_DIM, IS_NEOX, ANGLE_PER_LANE)
+            s_first, s_second = _load_angles(sin_rows, sin_inside, sin_lane_stride, ROTARY_DIM, IS_NEOX, ANGLE_PER_LANE)
             if axis == 0:
                 cos_first, cos_second, sin_first, sin_second = c_first, c_second, s_first, s_second
             else:
                 here = pair_axis == axis
                 cos_first, cos_second = tl.where(here, c_first, cos_first), tl.where(here, c_second, cos_second)
                 sin_first, sin_second = tl.where(here, s_first, sin_first), tl.where(here, s_second, sin_second)
-    return factors, (cos_first, cos_second, sin_first, sin_second)
+        # A position outside its table gives NaN in all that it turns, rather than a plausible number.
+        poison = tl.where(all_inside, 0.0, float("nan"))[:, None]
+        cos_first, cos_second = cos_first.to(tl.float32) + poison, cos_second.to(tl.float32) + poison
+    return factors, (cos_first, cos_second, sin_first.to(tl.float32), sin_second.to(tl.float32))
 
 
 @triton.jit
-def _norm_rope(
-    rows, live, factors, angles, HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, IS_NEOX: tl.constexpr,
-    EPS: tl.constexpr,
-):  # fmt: skip
-    """One head of every token: the two lanes of each pair and the lanes that do not rotate, rounded to its dtype."""
-    dtype: tl.constexpr = rows.dtype.element_ty
-    REST: tl.constexpr = HEAD_DIM - ROTARY_DIM
+def _load_head(rows, live, HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, IS_NEOX: tl.constexpr):
+    """One head of every token: the two lanes of each pair and the lanes that do not rotate."""
     first, second = _load_pairs(rows, live, 1, ROTARY_DIM, IS_NEOX)
-    first, second = first.to(tl.float32), second.to(tl.float32)
     rest = first
-    if REST > 0:
-        rest = _load_lanes(rows, live, ROTARY_DIM, REST, 1).to(tl.float32)
-    if EPS is not None:
+    if ROTARY_DIM < HEAD_DIM:
+        rest = _load_lanes(rows, live, ROTARY_DIM, HEAD_DIM - ROTARY_DIM, 1)
+    return first, second, rest
+
+
+@triton.jit
+def _norm_rope(head, factors, angles, eps, HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr):
+    """`head` normalised and rotated, in float32, and rounded to its dtype."""
+    dtype: tl.constexpr = head[0].dtype
+    first, second, rest = head[0].to(tl.float32), head[1].to(tl.float32), head[2].to(tl.float32)
+    if eps is not None:
         squares = tl.sum(first * first + second * second, 1)
-        if REST > 0:
+        if ROTARY_DIM < HEAD_DIM:
             squares += tl.sum(rest * rest, 1)
-        scale = tl.rsqrt(squares / HEAD_DIM + EPS)[:, None]
+        scale = tl.rsqrt(squares * (1.0 / HEAD_DIM) + eps)[:, None]
         first, second, rest = first * scale, second * scale, rest * scale
     first, second, rest = first * factors[0], second * factors[1], rest * factors[2]
     rotated_first = first * angles[0] - second * angles[2]
@@ -200,21 +230,24 @@ def _factor(weight, GEMMA_NORM: tl.constexpr):
 @triton.jit
 def _table_row(position, live, table_rows):
     """The row of a table, negative positions counting from its end, and whether there is such a row."""
-    row = tl.where(position < 0, position + table_rows, position)
-    return row, live & (row >= 0) & (row < table_rows)
+    # 32 bits are enough for a row, and a position that needs more is outside.
+    row = position.to(tl.int32)
+    inside = live & (row == position)
+    row = tl.where(row < 0, row + table_rows, row)
+    return row.to(tl.int64), inside & (row >= 0) & (row < table_rows)
 
 
 @triton.jit
 def _load_angles(
     rows, inside, lane_stride, ROTARY_DIM: tl.constexpr, IS_NEOX: tl.constexpr, ANGLE_PER_LANE: tl.constexpr
 ):
-    """The angle's cosine or sine for the first and for the second lane of each pair; NaN outside the table."""
+    """The angle's cosine or sine for the first and for the second lane of each pair."""
     if ANGLE_PER_LANE:
-        first, second = _load_pairs(rows, inside, lane_stride, ROTARY_DIM, IS_NEOX, float("nan"))
+        first, second = _load_pairs(rows, inside, lane_stride, ROTARY_DIM, IS_NEOX)
     else:
-        first = _load_lanes(rows, inside, 0, ROTARY_DIM // 2, lane_stride, float("nan"))
+        first = _load_lanes(rows, inside, 0, ROTARY_DIM // 2, lane_stride)
         second = first
-    return first.to(tl.float32), second.to(tl.float32)
+    return first, second
 
 
 @triton.jit
@@ -280,10 +313,9 @@ def _bytes(pointers, FLOAT8: tl.constexpr):
 
 @triton.jit
 def _float8(value, FORMAT: tl.constexpr, SATURATE: tl.constexpr):
-    """float32 to the byte of a float8, to nearest, ties to even, as ``torch.Tensor.to`` does it on every device.
+    """float32 to the byte of a float8, to nearest, ties to even; see ``to_cache`` of the reference.
 
-    In integers, so that the result does not depend on a GPU's converters: those saturate (NVIDIA) or may (AMD), and
-    PyTorch does not.
+    In integers, so that the result does not depend on a GPU's converters: those saturate (NVIDIA) or may (AMD).
     """
     MANTISSA: tl.constexpr = 2 if FORMAT == "e5m2" else 3
     BIAS: tl.constexpr = 15 if FORMAT == "e5m2" else 7 if FORMAT == "e4m3fn" else 8
@@ -313,22 +345,35 @@ def _float8(value, FORMAT: tl.constexpr, SATURATE: tl.constexpr):
 
 
 @triton.jit
-def _load_lanes(rows, live, START: tl.constexpr, COUNT: tl.constexpr, stride, other: tl.constexpr = 0.0):
-    """Lanes START … START + COUNT of each row, [TOKENS, next power of two]."""
-    lane = tl.arange(0, triton.next_power_of_2(COUNT))
-    mask = live[:, None] & (lane < COUNT)[None, :]
-    return tl.load(rows[:, None] + ((START + lane) * stride)[None, :], mask=mask, other=other)
+def _lane_mask(live, COUNT: tl.constexpr):
+    """Whole rows where a power of two of lanes leaves none over: a mask on lanes costs instructions."""
+    mask = live[:, None]
+    if COUNT != triton.next_power_of_2(COUNT):
+        mask = mask & (tl.arange(0, triton.next_power_of_2(COUNT)) < COUNT)[None, :]
+    return mask
 
 
 @triton.jit
-def _load_pairs(rows, live, stride, ROTARY_DIM: tl.constexpr, IS_NEOX: tl.constexpr, other: tl.constexpr = 0.0):
+def _load_lanes(rows, live, START: tl.constexpr, COUNT: tl.constexpr, stride):
+    """Lanes START … START + COUNT of each row, [TOKENS, next power of two], 0 beyond; rows not live are undefined."""
+    lane = tl.arange(0, triton.next_power_of_2(COUNT))
+    pointers = rows[:, None] + ((START + lane) * stride)[None, :]
+    if COUNT != triton.next_power_of_2(COUNT):
+        lanes = tl.load(pointers, mask=_lane_mask(live, COUNT), other=0.0)
+    else:
+        lanes = tl.load(pointers, mask=_lane_mask(live, COUNT))
+    return lanes
+
+
+@triton.jit
+def _load_pairs(rows, live, stride, ROTARY_DIM: tl.constexpr, IS_NEOX: tl.constexpr):
     """The first and the second lane of each pair: half a rotation apart (neox), or neighbours (GPT-J)."""
     HALF: tl.constexpr = ROTARY_DIM // 2
     if IS_NEOX:
-        first = _load_lanes(rows, live, 0, HALF, stride, other)
-        second = _load_lanes(rows, live, HALF, HALF, stride, other)
+        first = _load_lanes(rows, live, 0, HALF, stride)
+        second = _load_lanes(rows, live, HALF, HALF, stride)
     else:
-        both = _load_lanes(rows, live, 0, ROTARY_DIM, stride, other)
+        both = _load_lanes(rows, live, 0, ROTARY_DIM, stride)
         first, second = tl.split(tl.reshape(both, [both.shape[0], both.shape[1] // 2, 2]))
     return first, second
 
@@ -338,22 +383,21 @@ def _store_lanes(
     rows, live, value, START: tl.constexpr, COUNT: tl.constexpr, stride, group_stride, GROUP: tl.constexpr
 ):
     """The counterpart of _load_lanes. Lanes of a cache may lie in groups, as in aiter's shuffle layout."""
-    lane = tl.arange(0, triton.next_power_of_2(COUNT))
-    mask = live[:, None] & (lane < COUNT)[None, :]
-    lane += START
+    lane = START + tl.arange(0, triton.next_power_of_2(COUNT))
     if GROUP > 0:
         offset = lane // GROUP * group_stride + lane % GROUP * stride
     else:
         offset = lane * stride
-    tl.store(rows[:, None] + offset[None, :], value, mask=mask)
+    tl.store(rows[:, None] + offset[None, :], value, mask=_lane_mask(live, COUNT))
 
 
 @triton.jit
 def _store_head(
-    rows, live, first, second, rest, stride, group_stride, GROUP: tl.constexpr,
+    rows, live, head, stride, group_stride, GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, IS_NEOX: tl.constexpr,
 ):  # fmt: skip
-    """The counterpart of _load_pairs, with the lanes that did not rotate."""
+    """The counterpart of _load_head."""
+    first, second, rest = head
     HALF: tl.constexpr = ROTARY_DIM // 2
     if IS_NEOX:
         _store_lanes(rows, live, first, 0, HALF, stride, group_stride, GROUP)

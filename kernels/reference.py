@@ -5,6 +5,7 @@ Everything is computed in float32 (float64 for float64 input) and rounded once, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -123,17 +124,31 @@ def lane_axes(axes: Sequence[int], width: int, rotary_dim: int, is_neox: bool) -
     return [*axes, *axes] if is_neox else [axis for axis in axes for _ in range(2)]
 
 
-def to_cache(value: Tensor, dtype: torch.dtype, scale: Tensor | float | None, saturate: bool) -> Tensor:
-    """`value`, divided by its scale in float32, as the cache holds it.
+#: Each float8: the largest magnitude that still rounds to a number, and the byte of what is beyond.
+_FLOAT8_RANGE = {
+    torch.float8_e4m3fn: (464.0, 0x7F),
+    torch.float8_e4m3fnuz: (math.nextafter(248.0, 0.0), 0x80),
+    torch.float8_e5m2: (math.nextafter(61440.0, 0.0), 0x7C),
+}
 
-    Beyond the range of a float8, PyTorch gives NaN (e5m2: infinity); with `saturate`, the largest number.
+
+def to_cache(value: Tensor, dtype: torch.dtype, scale: Tensor | float | None, saturate: bool) -> Tensor:
+    """`value`, divided by its scale in float32, as the cache holds it, rounded to nearest, ties to even.
+
+    Beyond the range of a float8 it becomes NaN (e5m2: infinity), or with `saturate` the largest number.
     """
     if scale is not None:
         value = value.to(torch.promote_types(value.dtype, torch.float32)) / scale
-    if saturate and dtype.itemsize == 1:
-        largest = torch.finfo(dtype).max
-        value = value.clamp(-largest, largest)
-    return value.to(dtype)
+    if dtype not in _FLOAT8_RANGE:
+        return value.to(dtype)
+    largest = torch.finfo(dtype).max
+    stored = value.clamp(-largest, largest).to(dtype)
+    if saturate:
+        return stored
+    # Not left to ``Tensor.to``, which saturates in some versions of PyTorch and on some devices.
+    last, beyond = _FLOAT8_RANGE[dtype]
+    sign = torch.where(value < 0, 0x80, 0).to(torch.uint8)
+    return torch.where(value.abs() > last, beyond | sign, stored.view(torch.uint8)).view(dtype)
 
 
 def store(

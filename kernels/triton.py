@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,10 @@ def refuses(problem: Problem, target: Target) -> str | None:
         return f"argument k_cache: expected one of {_names(caches)}, found {problem.cache_dtype}"
     if not weights <= set(ACTIVATIONS):
         return f"argument q_weight: expected one of {_names(ACTIVATIONS)}, found {_names(sorted(weights, key=str))}"
+    if problem.weight_dtypes[0] != problem.weight_dtypes[1]:
+        return f"arguments q_weight, k_weight: expected two of one dtype or none, found {problem.weight_dtypes}"
+    if (problem.q_eps is None) != (problem.k_eps is None):
+        return f"arguments q_eps, k_eps: expected two or none, found {problem.q_eps}, {problem.k_eps}"
     if problem.angle_dtype not in ACTIVATIONS:
         return f"argument cos: expected one of {_names(ACTIVATIONS)}, found {problem.angle_dtype}"
     if problem.cache_dtype == torch.float8_e4m3fnuz and target.platform == "cuda":
@@ -57,11 +61,15 @@ KERNEL = Kernel("triton", unavailable, refuses)
 
 @dataclass(frozen=True)
 class Tile:
-    """What one program serves: so many tokens, and so many heads of each, with so many warps."""
+    """What one program serves: so many tokens and heads, with so many warps.
+
+    `heads_per_program` is None for all of `heads`, or an expression of a symbolic number of tokens.
+    """
 
     tokens: int
     num_warps: int
-    heads: Size = 1
+    heads: int = 1
+    heads_per_program: Size | None = None
 
 
 @dataclass(frozen=True)
@@ -74,12 +82,36 @@ class Launch:
     tile: Tile
 
 
-def choose_tile(num_tokens: Size, num_heads: int, num_kv_heads: int, head_dim: int) -> Tile:
-    """From the measurements in examples/benchmarks/kernel.md."""
-    rows = num_tokens * (num_heads + 2 * num_kv_heads)
-    if rows <= 5120:
-        return Tile(2, 1)
-    return Tile(8, 1, 4)
+def choose_tile(num_tokens: Size, num_heads: int, num_kv_heads: int, head_dim: int, wave_size: int = 32) -> Tile:
+    """By how much there is to do: little of it spreads over all processors, much of it shares weights and angles.
+
+    Measured on an H200 (examples/benchmarks/kernel.md) for head_dim 128 and 256; other sizes and AMD's waves of 64 get
+    the same number of elements a thread.
+    """
+    work = num_tokens * (num_heads + 2 * num_kv_heads) * head_dim // 128
+    if isinstance(work, torch.SymInt):
+        tile = Tile(2, 1, 4, heads_per_program=torch.sym_min(4, 1 + work // 12288))
+    elif work <= 4096:
+        tile = Tile(4, 4) if head_dim <= 128 else Tile(2, 1)
+    elif work <= 16384 or head_dim > 128:
+        tile = Tile(2, 1, 2)
+    elif num_kv_heads % 4 == 0:
+        tile = Tile(2, 1, 4)
+    else:
+        tile = Tile(4, 1, 2)
+    return _for_width(tile, head_dim, wave_size)
+
+
+def _for_width(tile: Tile, head_dim: int, wave_size: int) -> Tile:
+    more = max(1, 128 // head_dim) * wave_size // 32
+    fewer_warps = min(more, tile.num_warps)
+    return replace(tile, num_warps=tile.num_warps // fewer_warps, tokens=tile.tokens * (more // fewer_warps))
+
+
+@functools.cache
+def _wave_size(device: torch.device) -> int:
+    """Threads of a warp: 64 on AMD's CDNA, else 32."""
+    return torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
 
 
 def plan(
@@ -115,15 +147,17 @@ def plan(
     """All that a launch is told besides its tensors; also of fake tensors. For the arguments see
     :func:`fx_fusion.op.qk_norm_rope_cache`.
     """
+    _check(q, k, v, q_weight, k_weight, q_eps, k_eps)
     batch, seq, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[2]
     num_tokens = batch * seq
-    tile = tile or choose_tile(num_tokens, num_heads, num_kv_heads, head_dim)
+    tile = tile or choose_tile(num_tokens, num_heads, num_kv_heads, head_dim, _wave_size(q.device))
+    heads = tile.heads if tile.heads_per_program is None else tile.heads_per_program
     cos_strides, sin_strides = (_angle_strides(rows, positions) for rows in (cos, sin))
     arguments = {
         "num_tokens": num_tokens,
         "seq_len": seq,
-        "heads_per_program": tile.heads,
+        "heads_per_program": heads,
         **_named(("q_batch_stride", "q_token_stride", "q_head_stride"), q.stride()[:3]),
         **_named(("k_batch_stride", "k_token_stride", "k_head_stride"), k.stride()[:3]),
         **_named(("v_batch_stride", "v_token_stride", "v_head_stride"), v.stride()[:3]),
@@ -144,6 +178,7 @@ def plan(
         **_cache_arguments("v", v_layout),
     }  # fmt: skip
     constants = {
+        "ONE_SEQUENCE": _is_one(batch),
         "NUM_HEADS": num_heads,
         "NUM_KV_HEADS": num_kv_heads,
         "HEAD_DIM": head_dim,
@@ -155,6 +190,7 @@ def plan(
         "ANGLE_PER_LANE": cos.shape[-1] == rotary_dim,
         "NUM_AXES": 0 if positions is None else max(axes) + 1,
         "AXES": _pack(axes),
+        "SAME_ROWS": _is_same(cos.shape[0], sin.shape[0]),
         "SKIP_NEGATIVE_SLOTS": skip_negative_slots,
         "SATURATE": saturate,
         "K_SCALE": k_scale_value,
@@ -165,15 +201,44 @@ def plan(
         "V_LANE_GROUP": v_layout.lane_group,
         "K_FLOAT8": FLOAT8.get(k_cache.dtype),
         "V_FLOAT8": FLOAT8.get(v_cache.dtype),
+        "TOKENS": tile.tokens,
+        "HEADS": tile.heads,
+        "ALL_HEADS": tile.heads_per_program is None,
     }
-    groups = _cdiv(num_heads, tile.heads) + 2 * _cdiv(num_kv_heads, tile.heads)
+    groups = _cdiv(num_heads, heads) + 2 * _cdiv(num_kv_heads, heads)
     return Launch(_cdiv(num_tokens, tile.tokens) * groups, arguments, constants, tile)
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    q_eps: float | None,
+    k_eps: float | None,
+) -> None:
+    """What the kernel would not notice itself. The rest of a wrong call, Triton refuses to compile."""
+    if q.dtype not in ACTIVATIONS or not q.dtype == k.dtype == v.dtype:
+        found = _names([q.dtype, k.dtype, v.dtype])
+        raise ValueError(f"arguments q, k, v: expected one dtype of {_names(ACTIVATIONS)}, found {found}")
+    if q.shape[-1] > MAX_HEAD_DIM:
+        raise ValueError(f"argument q: expected a head_dim of at most {MAX_HEAD_DIM}, found {q.shape[-1]}")
+    dtypes = [None if weight is None else weight.dtype for weight in (q_weight, k_weight)]
+    if dtypes[0] != dtypes[1]:
+        raise ValueError(f"arguments q_weight, k_weight: expected two of one dtype or none, found {dtypes}")
+    if (q_eps is None) != (k_eps is None):
+        raise ValueError(f"arguments q_eps, k_eps: expected two or none, found {q_eps}, {k_eps}")
 
 
 def qk_norm_rope_cache(*operands: Tensor | None, return_k: bool, **options: Any) -> tuple[Tensor, Tensor]:
     """Launch the kernel now. See :func:`fx_fusion.op.qk_norm_rope_cache`."""
     q, k, *_ = operands
     assert q is not None and k is not None
+    if q.device.type != "cuda":
+        raise ValueError(
+            f"argument q: expected a tensor on a CUDA or ROCm device for implementation='triton', found {q.device}"
+        )
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device) if return_k else None
     launch = plan(*operands, **options)  # pyright: ignore[reportArgumentType]
@@ -187,7 +252,6 @@ def qk_norm_rope_cache(*operands: Tensor | None, return_k: bool, **options: Any)
                 k_out,
                 *launch.arguments.values(),
                 *launch.constants.values(),
-                TOKENS=launch.tile.tokens,
                 num_warps=launch.tile.num_warps,
             )
     return q_out, k_out if k_out is not None else q_out.new_empty(0)
@@ -206,12 +270,18 @@ def kernel() -> Any:
 
 
 @functools.cache
-def with_tile(tile: Tile) -> Any:
+def with_warps(num_warps: int) -> Any:
     """The kernel as a graph holds it, with one configuration, hence nothing to tune."""
     import triton
 
-    config = triton.Config({"TOKENS": tile.tokens}, num_warps=tile.num_warps)
-    return triton.autotune(configs=[config], key=[])(kernel())
+    return triton.autotune(configs=[triton.Config({}, num_warps=num_warps)], key=[])(kernel())
+
+
+def _is_same(a: Size, b: Size) -> bool:
+    """Without comparing symbolic sizes, which would guard on the answer."""
+    if isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt):
+        return bool(a.node.expr == b.node.expr)
+    return not isinstance(a, torch.SymInt) and not isinstance(b, torch.SymInt) and a == b
 
 
 def _cdiv(count: Size, size: Size) -> Size:
@@ -224,9 +294,12 @@ def _named(names: Sequence[str], values: Sequence[Size]) -> dict[str, Size]:
 
 def _grid_strides(index: Tensor, dim: int = 0) -> tuple[Size, Size]:
     """Strides along batch and sequence, [B or 1, S] from `dim` on; 0 along a batch of one, which all share."""
-    batch: Size = index.shape[dim]
-    shared = not isinstance(batch, torch.SymInt) and batch == 1
-    return (0 if shared else index.stride(dim)), index.stride(dim + 1)
+    return (0 if _is_one(index.shape[dim]) else index.stride(dim)), index.stride(dim + 1)
+
+
+def _is_one(size: Size) -> bool:
+    """Without asking a symbolic size, which would guard on the answer."""
+    return not isinstance(size, torch.SymInt) and size == 1
 
 
 def _angle_strides(angles: Tensor, positions: Tensor | None) -> tuple[Size, Size, Size]:

@@ -1,12 +1,13 @@
-"""Launches of the kernel, named by how they differ from the plain one: tensors, options, and what the plan makes of them.
+"""Launches of the kernel, named by how they differ from the plain one: their tensors, and what the plan makes of them.
 
-The plain launch is a decode step of Qwen3: packed projection in bfloat16, rope table with mRoPE positions, one paged cache
-addressed by flat slots.
+The plain launch is a decode step of Qwen3-VL: one packed projection in bfloat16, a table of angles with mRoPE
+positions, a cache addressed by flat slots.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,9 @@ from fx_fusion.kernels.triton import Tile
 BLOCKS, BLOCK_SIZE = 3, 16
 TABLE_ROWS = 40
 FAR = 1 << 20
+SPECIAL = (math.inf, -math.inf, -0.0, 65504.0, -65504.0, 6e-8, 3e-3, math.nan)
+# Eight neighbouring lanes of half a head a thread, on a GPU with waves of 64.
+WIDE = Tile(tokens=8, num_warps=1)
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,8 @@ class Variant:
     angle_dtype: torch.dtype | None = None
     index_dtype: torch.dtype = torch.int64
     gated: bool = False
-    weights: bool = True
+    q_weights: bool = True
+    k_weights: bool = True
     gemma_norm: bool = False
     q_eps: float | None = 1e-6
     k_eps: float | None = 1e-6
@@ -55,7 +60,7 @@ class Variant:
     v_scale: float | str | None = None
     saturate: bool = False
     return_k: bool = True
-    tile: Tile = Tile(8, 1)  # noqa: RUF009 - frozen
+    tile: Tile | None = WIDE  # None: what the plan chooses.
 
     @property
     def rotated(self) -> int:
@@ -96,6 +101,8 @@ class Prepared:
         tensors = {name: None if tensor is None else triton.as_bytes(tensor) for name, tensor in self.tensors.items()}
         tile = {field.upper(): value for field, value in dataclasses.asdict(self.launch.tile).items()}
         known = {**tensors, **self.launch.arguments, **self.launch.constants, **tile}
+        if self.variant.cache == "whole":
+            known |= {"k_cache": known["k_cache"]._base, "v_cache": None}
         return {name: known[name] for name in kernel.arg_names}
 
 
@@ -107,12 +114,12 @@ def prepare(variant: Variant, device: str = "cpu", seed: int = 0) -> Prepared:
     slots, blocks = make.slots()
     k_cache, v_cache = make.caches()
     operands = {
-        "q": q, "k": k, "v": v, "q_weight": make.weight(), "k_weight": make.weight(), "cos": cos, "sin": sin,
+        "q": q, "k": k, "v": v, "q_weight": make.weight(variant.q_weights), "k_weight": make.weight(variant.k_weights), "cos": cos, "sin": sin,
         "positions": positions, "slots": slots, "blocks": blocks, "k_scale": make.scale(variant.k_scale),
         "v_scale": make.scale(variant.v_scale), "k_cache": k_cache, "v_cache": v_cache,
     }  # fmt: skip
     options = {
-        "k_layout": CacheLayout.of(k_cache, "k_cache"), "v_layout": CacheLayout.of(v_cache, "v_cache"),
+        "k_layout": make.layout(k_cache, "k_cache"), "v_layout": make.layout(v_cache, "v_cache"),
         "k_scale_value": variant.k_scale if isinstance(variant.k_scale, float) else None,
         "v_scale_value": variant.v_scale if isinstance(variant.v_scale, float) else None,
         "q_eps": variant.q_eps, "k_eps": variant.k_eps, "gemma_norm": variant.gemma_norm,
@@ -125,6 +132,10 @@ def prepare(variant: Variant, device: str = "cpu", seed: int = 0) -> Prepared:
         "k_out": make.unwritten(*k.shape, dtype=k.dtype) if variant.return_k else None,
     }
     return Prepared(variant, {**operands, **outputs}, options, launch)
+
+
+def _cycle(values: list[int], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=like.dtype).repeat(len(like))[: len(like)]
 
 
 @dataclass
@@ -162,11 +173,15 @@ class _Maker:
         packed = self.random(v.batch, v.seq, q_width + 2 * kv_width, dtype=v.dtype)
         q, key, value = packed.split([q_width, kv_width, kv_width], -1)
         q = q.unflatten(-1, (v.num_heads, -1))[..., : v.head_dim]
+        if self.device.type != "meta":
+            # Which NaN a conversion between float dtypes gives is nobody's promise.
+            special = SPECIAL[:-1] if v.stored_dtype.itemsize > 1 and v.stored_dtype != v.dtype else SPECIAL
+            value[..., : len(special)] = torch.tensor(special)
         return q, key.unflatten(-1, (-1, v.head_dim)), value.unflatten(-1, (-1, v.head_dim))
 
-    def weight(self) -> Tensor | None:
+    def weight(self, present: bool) -> Tensor | None:
         v = self.variant
-        return self.random(v.head_dim, dtype=v.weight_dtype or v.dtype) if v.weights else None
+        return self.random(v.head_dim, dtype=v.weight_dtype or v.dtype) if present else None
 
     def angles(self) -> tuple[Tensor, Tensor, Tensor | None]:
         v = self.variant
@@ -207,7 +222,7 @@ class _Maker:
             return slots
         flat = slots.view(-1)
         flat[1::4] -= size
-        flat[2::4] = torch.tensor([size, -size - 1, FAR, -FAR], dtype=flat.dtype).repeat(len(flat))[: len(flat[2::4])]
+        flat[2::4] = _cycle([size, -size - 1, FAR, -FAR], flat[2::4])
         return slots
 
     def caches(self) -> tuple[Tensor, Tensor]:
@@ -223,7 +238,7 @@ class _Maker:
         if v.cache == "HND":
             k, w = (self.unwritten(count, heads, size, dim, dtype=dtype) for _ in range(2))
             return k.transpose(1, 2), w.transpose(1, 2)
-        if v.cache == "packed":
+        if v.cache in ("packed", "whole"):
             k, w = self.unwritten(count, 2, size, heads, dim, dtype=dtype).unbind(1)
             return k, w
         assert v.cache == "shuffle"
@@ -233,7 +248,12 @@ class _Maker:
             self.unwritten(count, heads, size // group, dim, group, dtype=dtype),
         )
 
+    def layout(self, cache: Tensor, name: str) -> CacheLayout:
+        """Where the kernel gets the tensor that holds both caches, they begin at an offset."""
+        offset = cache.storage_offset() if self.variant.cache == "whole" else 0
+        return CacheLayout.of(cache, name)._replace(offset=offset)
+
     def scale(self, scale: float | str | None) -> Tensor | None:
         if scale != "tensor":
             return None
-        return torch.full((1,), 0.3, dtype=torch.float32, device=self.device)
+        return torch.full((1,), 0.013, dtype=torch.float32, device=self.device)

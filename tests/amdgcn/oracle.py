@@ -10,19 +10,17 @@ from torch import Tensor
 
 from amdgcn.launches import Prepared
 
-FLOAT32_ROUNDING = 2.0**-24
-
 
 @dataclass(frozen=True)
 class Rotated:
-    """Exact values, and the sum of the magnitudes that were added to get each: what float32 rounds is a part of that."""
+    """Exact values, and the sum of the magnitudes that were added to get each: float32 rounds in proportion to that."""
 
     value: np.ndarray
     magnitude: np.ndarray
 
 
 def rotated(prepared: Prepared, name: str) -> Rotated:
-    """q or k after norm and rotation, [B, S, heads, D]."""
+    """The heads of q or k after norm and rotation, [B, S, heads, D]."""
     variant, tensors = prepared.variant, prepared.tensors
     y = _float64(tensors[name])
     eps = variant.q_eps if name == "q" else variant.k_eps
@@ -70,18 +68,37 @@ def _float64(tensor: Tensor | None) -> np.ndarray:
 
 
 def converted(prepared: Prepared, name: str, value: Tensor) -> Tensor:
-    """k or v as its cache holds it."""
+    """Rows of k or v as their cache holds them."""
     variant = prepared.variant
-    dtype = variant.stored_dtype
     scale = variant.k_scale if name == "k" else variant.v_scale
     if scale == "tensor":
         scale = prepared.tensors[f"{name}_scale"].item()
     if scale is not None:
         value = torch.from_numpy(value.float().numpy() / np.float32(scale))
-    if variant.saturate and dtype.itemsize == 1:
-        largest = torch.finfo(dtype).max
-        value = value.float().clamp(-largest, largest)
-    return value.to(dtype)
+    if variant.stored_dtype.itemsize > 1:
+        return value.to(variant.stored_dtype)
+    bytes_ = float8_bytes(value.float().numpy(), variant.stored_dtype, variant.saturate)
+    return torch.from_numpy(bytes_).view(variant.stored_dtype)
+
+
+def float8_bytes(value: np.ndarray, dtype: torch.dtype, saturate: bool) -> np.ndarray:
+    """The nearest float8, ties to the even one, by search among all; what is beyond has the next byte: NaN or infinity.
+
+    Not ``Tensor.to``: whether that saturates depends on PyTorch's version.
+    """
+    signless = dtype == torch.float8_e4m3fnuz
+    every = torch.arange(256).to(torch.uint8).view(dtype).double().numpy()
+    finite = every[:128][np.isfinite(every[:128])]
+    candidates = np.append(finite, 2 * finite[-1] - finite[-2])
+    magnitude = np.abs(np.nan_to_num(value.astype(np.float64), nan=0.0, posinf=np.inf, neginf=np.inf))
+    upper = np.clip(np.searchsorted(candidates, magnitude), 1, len(finite))
+    middle = (candidates[upper - 1] + candidates[upper]) / 2
+    takes_upper = (magnitude > middle) | (magnitude == middle) & (upper % 2 == 0)
+    byte = np.where(takes_upper, upper, upper - 1)
+    byte = np.minimum(byte, len(finite) - 1) if saturate else byte
+    byte = np.where(np.isnan(value), 0x80 if signless else 0x7F, byte)
+    sign = np.where(np.signbit(value) & ~(signless & (byte == 0)), 0x80, 0)
+    return (byte | sign).astype(np.uint8)
 
 
 def places(prepared: Prepared) -> dict[tuple[int, int], tuple[int, int]]:
@@ -100,9 +117,9 @@ def places(prepared: Prepared) -> dict[tuple[int, int], tuple[int, int]]:
     return found
 
 
-def row(cache: Tensor, name: str, block: int, slot: int, shuffled: bool) -> Tensor:
-    """The view [heads, D] of one slot; in the shuffle layout [heads, D / x, x] for k."""
-    if not shuffled:
+def row(prepared: Prepared, name: str, cache: Tensor, block: int, slot: int) -> Tensor:
+    """The view of one slot, [heads, D]; of k in the shuffle layout [heads, D / x, x]."""
+    if prepared.variant.cache != "shuffle":
         return cache[block, slot]
     if name == "k":
         return cache[block, :, :, slot, :]

@@ -208,7 +208,7 @@ def test_layouts(install, cache, kind):
         {"skip_negative_slots": True},
         {"skip_negative_slots": True, "cache": paged},
     ],
-    ids=str,
+    ids=lambda change: " ".join(f"{name}={getattr(value, '__name__', value)}" for name, value in change.items()),
 )
 def test_options(install, change):
     module = install(Aiter())
@@ -315,6 +315,29 @@ def test_one_kv_head(install):
     assert_aiter_served(module)
 
 
+@pytest.mark.slow
+def test_inductor_passes_views_of_the_projection(install):
+    """A copy of q, k or v would be refused."""
+    module = install(Aiter())
+    case = Case(return_k=True)
+    projection = torch.randn((HEADS + 2 * KV_HEADS) * 64, 32).bfloat16()
+
+    def prologue(x, positions, slots, k_cache, v_cache, implementation):
+        heads = torch.nn.functional.linear(x, projection).unflatten(-1, (-1, 64))
+        return fx_fusion.qk_norm_rope_cache(
+            *heads.split([HEADS, KV_HEADS, KV_HEADS], 2), case.q_weight, case.k_weight, *case.table.chunk(2, -1),
+            positions, slots, None, k_cache, v_cache, implementation=implementation, **case.options,
+        )  # fmt: skip
+
+    x = torch.randn(2, 3, 32).bfloat16()
+    caches, expected_caches = ([torch.zeros_like(holder) for holder in case.holders] for _ in "ab")
+    results = torch.compile(prologue)(x, case.positions, case.slots, *caches, "aiter")
+    expected = prologue(x, case.positions, case.slots, *expected_caches, "reference")
+    for actual, right in zip((*results, *caches), (*expected, *expected_caches), strict=True):
+        torch.testing.assert_close(actual, right, rtol=0, atol=2 * 2**-7 * float(right.abs().max()))
+    assert_aiter_served(module)
+
+
 # --- the check ----------------------------------------------------------------------------------------------------
 
 
@@ -356,6 +379,7 @@ BROKEN = {
     stand_in.KAndVSwapped: {},
     stand_in.ScaleInverted: {"cache_dtype": FLOAT8, "k_scale": 0.5, "v_scale": 0.5},
     stand_in.ScaleIgnored: {"cache_dtype": FLOAT8, "v_scale": 0.5},
+    stand_in.RoundsToTheNextSmaller: {"cache_dtype": FLOAT8},
     stand_in.WrongHeadStride: {},
     stand_in.ReadsA3DCache: {},
     stand_in.OffByOneSlot: {},
@@ -472,11 +496,24 @@ def test_triton_serves_where_it_runs(install, monkeypatch):
     assert len(served) == 1
 
 
+@pytest.mark.parametrize(
+    ("function", "wrong"),
+    [
+        ("table_rows", lambda positions, rows: positions.clamp(min=0)),
+        ("slot_mapping", lambda slots, *_: slots.clamp(min=0)),
+    ],
+)
+def test_finds_indices_that_do_not_count_from_the_end(install, monkeypatch, function, wrong):
+    install(Aiter())
+    monkeypatch.setattr(aiter_arguments, function, wrong)
+    assert_fallback_served(Case())
+
+
 def test_checks_any_kernel():
     """Operands that aiter does not take: rows of angles, separate scales on the device, a cache for each sequence."""
     from fx_fusion.kernels import reference
     from fx_fusion.kernels.cache_layout import CacheLayout
-    from fx_fusion.kernels.small_problem import Signature
+    from fx_fusion.kernels.signature import Signature
 
     q, kv = torch.randn(2, 3, 5, 48), torch.randn(2, 3, 2, 48)
     cos = torch.randn(2, 3, 24)
@@ -489,7 +526,9 @@ def test_checks_any_kernel():
         gemma_norm=False, rotary_dim=24, is_neox=False, axes=[0] * 12, saturate=True, skip_negative_slots=False,
         return_k=True,
     )  # fmt: skip
-    assert self_check.verdict("itself", reference.qk_norm_rope_cache, signature).reason is None
+    # A default device is no business of the check's.
+    with torch.device("meta"):
+        assert self_check.verdict("itself", reference.qk_norm_rope_cache, signature).reason is None
 
     @functools.wraps(reference.qk_norm_rope_cache)
     def wrong(*operands, **options):
@@ -557,6 +596,14 @@ def no_common_storage(case):
     case.v = case.v.clone()
 
 
+def v_of_another_projection(case):
+    case.v = torch.randn(2, 3, HEADS + 2 * KV_HEADS, 64).bfloat16()[:, :, -KV_HEADS:]
+
+
+def sine_of_another_table(case):
+    case.sin = torch.randn(ROWS, 64).bfloat16()[:, 32:]
+
+
 def other_order(case):
     case.k, case.v = case.v, case.k
 
@@ -608,6 +655,11 @@ def change(**values):
 
 REFUSED = [
     (no_common_storage, "argument qkv (v): expected strides"),
+    (
+        v_of_another_projection,
+        "argument qkv (v): expected memory shared with what precedes it, found memory of its own",
+    ),
+    (sine_of_another_table, "argument cos_sin (sin): expected memory shared with what precedes it"),
     (other_order, "argument qkv (k): expected storage offset 320, next to what precedes it, found 448"),
     (padded_projection, "argument qkv (q): expected strides"),
     (other_v_dtype, "argument qkv (v): expected torch.bfloat16, found torch.float16"),

@@ -1,4 +1,4 @@
-"""Arithmetic of the vector unit that numpy lacks, on arrays: a fused multiply-add, the steps of a division, conversions.
+"""Arithmetic of the vector unit that numpy lacks, on arrays: fused multiply-add, steps of a division, conversions.
 
 Rounding is to nearest, ties to even, and subnormal numbers are kept: the only modes that the simulator accepts.
 """
@@ -13,17 +13,19 @@ MIN_NORMAL = np.float32(2.0**-126)
 
 
 def fma(a: Any, b: Any, c: Any) -> Any:
-    """a * b + c in float32, rounded once.
+    """Fused multiply-add: a * b + c in float32, rounded once."""
+    return _multiply_add(a, b, c).astype(np.float32)
 
-    The product is exact in float64. The sum is rounded to odd there, which a second rounding cannot make wrong.
-    """
+
+def _multiply_add(a: Any, b: Any, c: Any) -> Any:
+    """In float64, rounded to odd, which a second rounding cannot make wrong; the product is exact there."""
     product, addend = a.astype(np.float64) * b.astype(np.float64), c.astype(np.float64)
     total = product + addend
     tail = total - product
     error = (product - (total - tail)) + (addend - tail)
     even = (total.view(np.uint64) & np.uint64(1)) == 0
     odd = np.nextafter(total, np.copysign(np.inf, error))
-    return np.where(np.isfinite(total) & (error != 0) & even, odd, total).astype(np.float32)
+    return np.where(np.isfinite(total) & (error != 0) & even, odd, total)
 
 
 def approximate(function: Any, x: Any, nearest: bool) -> Any:
@@ -56,7 +58,8 @@ def reciprocal_root(x: Any) -> Any:
 def div_scale(value: Any, denominator: Any, numerator: Any) -> tuple[Any, Any]:
     """V_DIV_SCALE_F32: `value`, which is one of the others, scaled so that the steps of a division stay in range.
 
-    The second result tells v_div_fmas to undo it.
+    The second result tells v_div_fmas to undo it. Where both the quotient and the reciprocal would be subnormal, AMD's
+    documents scale the denominator up, which would overflow: down is what makes the division right.
     """
     ratio = np.abs(numerator.astype(np.float64) / denominator.astype(np.float64))
     scales_denominator = value.view(np.uint32) == denominator.view(np.uint32)
@@ -77,7 +80,7 @@ def div_scale(value: Any, denominator: Any, numerator: Any) -> tuple[Any, Any]:
         np.float32(np.nan),
         np.where(scales_denominator, up, value),
         up,
-        np.where(scales_denominator, up, value),
+        np.where(scales_denominator, down, value),
         down,
         np.where(scales_numerator, up, value),
         up,
@@ -89,13 +92,13 @@ def div_scale(value: Any, denominator: Any, numerator: Any) -> tuple[Any, Any]:
 
 
 def div_fmas(a: Any, b: Any, c: Any, undo: Any) -> Any:
-    """V_DIV_FMAS_F32: the last multiply-add of a division, which undoes the scaling."""
-    result = fma(a, b, c)
-    return np.where(undo, np.ldexp(result, np.where(exponent(c) > 127, 64, -64)), result)
+    """V_DIV_FMAS_F32: the last multiply-add of a division, which undoes the scaling; taken to round once."""
+    result = _multiply_add(a, b, c)
+    return np.where(undo, np.ldexp(result, np.where(exponent(c) > 127, 64, -64)), result).astype(np.float32)
 
 
 def div_fixup(quotient: Any, denominator: Any, numerator: Any) -> Any:
-    """V_DIV_FIXUP_F32: the special cases of a division."""
+    """V_DIV_FIXUP_F32: the special cases of a division. Where its steps gave NaN without reason, they overflowed."""
     sign = np.signbit(denominator) ^ np.signbit(numerator)
     nan, zero, infinity = np.float32(np.nan), np.float32(0), np.float32(np.inf)
     cases = [
@@ -105,7 +108,8 @@ def div_fixup(quotient: Any, denominator: Any, numerator: Any) -> Any:
     ]
     shape = np.broadcast_shapes(quotient.shape, denominator.shape, numerator.shape)
     cases = [np.broadcast_to(case, shape) for case in cases]
-    magnitude = np.select(cases, [infinity, zero, zero], np.abs(quotient)).astype(np.float32)
+    estimate = np.where(np.isnan(quotient), infinity, np.abs(quotient))
+    magnitude = np.select(cases, [infinity, zero, zero], estimate).astype(np.float32)
     result = np.where(sign, -magnitude, magnitude)
     # An invalid division gives the negative NaN; the first NaN among the sources is passed on.
     invalid = (numerator == 0) & (denominator == 0) | np.isinf(numerator) & np.isinf(denominator)

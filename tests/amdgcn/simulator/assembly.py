@@ -1,4 +1,4 @@
-"""Read AMD assembly text, as the compiler prints it: instructions, labels, kernel descriptor, layout of the arguments."""
+"""Read AMD assembly text as the compiler prints it: instructions, labels, kernel descriptor, places of arguments."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def _control(name: str, instruction: Instruction) -> tuple[np.ndarray, np.ndarra
     if name == "row_shl" and 1 <= count <= 15:
         return LANES + count, IN_ROW + count <= 15
     if name == "row_shr" and 1 <= count <= 15:
-        return LANES - count, IN_ROW >= count
+        return LANES - count, count <= IN_ROW
     if name == "row_ror" and 1 <= count <= 15:
         return ROW + (IN_ROW - count & 15), ALWAYS
     if name == "row_newbcast" and 0 <= count <= 15:

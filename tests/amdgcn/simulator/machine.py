@@ -22,7 +22,8 @@ REQUIRED = {
     "enable_private_segment": 0, "system_vgpr_workitem_id": 0, "user_sgpr_kernarg_preload_offset": 0,
     "user_sgpr_kernarg_segment_ptr": 1, "user_sgpr_dispatch_ptr": 0, "user_sgpr_queue_ptr": 0,
     "user_sgpr_dispatch_id": 0, "user_sgpr_private_segment_size": 0,
-    "user_sgpr_flat_scratch_init": 0, "system_sgpr_private_segment_wavefront_offset": 0, "system_sgpr_workgroup_id_y": 0, "system_sgpr_workgroup_id_z": 0,
+    "user_sgpr_flat_scratch_init": 0, "system_sgpr_private_segment_wavefront_offset": 0,
+    "system_sgpr_workgroup_id_y": 0, "system_sgpr_workgroup_id_z": 0,
     "system_sgpr_workgroup_info": 0,
 }  # fmt: skip
 

@@ -55,9 +55,10 @@ class Constant:
             return int(np.float32(self.text).view(np.uint32))
         value = int(self.text, 0)
         if WIDTHS.get(kind) == 2:
-            # How a literal grows to 64 bits depends on the operation; small ones grow alike in all.
-            if not -16 <= value < 1 << 31:
-                raise instruction.unsupported(f"{self.text} as {kind}")
+            # A literal has 32 bits; unsigned operations extend it with zeros, signed ones with its sign.
+            unsigned = instruction.mnemonic.removesuffix("_e32").endswith(("_b64", "_u64"))
+            if not -16 <= value < 1 << (32 if unsigned else 31):
+                raise instruction.unsupported(f"{self.text} as a number of 64 bits")
             return value & MASK64
         if not -(1 << 31) <= value <= MASK32:
             raise instruction.unsupported(f"{self.text} does not fit into 32 bits")

@@ -29,6 +29,8 @@ def decode(instruction: Instruction, labels: dict[str, int]) -> Step:
         return _move(instruction, *MOVES[name])
     if name in BINARY:
         return _binary(instruction, *BINARY[name])
+    if name in SAVE_EXEC:
+        return _save_exec(instruction, SAVE_EXEC[name])
     if name in IN_PLACE:
         return _in_place(instruction, *IN_PLACE[name])
     raise instruction.unsupported("unknown instruction")
@@ -239,6 +241,29 @@ def _binary(instruction: Instruction, width: int, second_width: int, compute: Ca
     return lambda wave: wave.write64(target, compute(first(wave), second(wave), wave))
 
 
+# From the source and EXEC to the new EXEC.
+SAVE_EXEC: dict[str, Callable[[int, int], int]] = {
+    "s_and_saveexec_b64": lambda a, active: a & active,
+    "s_or_saveexec_b64": lambda a, active: a | active,
+    "s_andn2_saveexec_b64": lambda a, active: a & ~active,
+}
+
+
+def _save_exec(instruction: Instruction, compute: Callable[[int, int], int]) -> Step:
+    instruction.expect_operands(2)
+    target = operands.register(instruction.operands[0], "s", 2, instruction)
+    source = _number(instruction.operands[1], 2, instruction)
+
+    def step(wave: Wave) -> None:
+        active = wave.read64(EXEC)
+        changed = compute(source(wave), active) & MASK64
+        wave.write64(target, active)
+        wave.write64(EXEC, changed)
+        wave.scc = int(changed != 0)
+
+    return step
+
+
 # The destination is the first source; whether the second is a literal of 16 bits, extended with its sign.
 IN_PLACE: dict[str, tuple[bool, Callable[[int, int, Wave], int]]] = {
     "s_movk_i32": (True, lambda a, b, wave: b),
@@ -263,7 +288,7 @@ def _literal16(text: str, instruction: Instruction) -> int:
     found = operands.parse(text, instruction)
     if not isinstance(found, operands.Constant) or not -(1 << 15) <= int(found.text, 0) < 1 << 16:
         raise instruction.unsupported(f"operand {text}: expected a literal of 16 bits")
-    return signed(int(found.text, 0) & 0xFFFF, 16)
+    return signed(int(found.text, 0) & 0xFFFF, 16) & MASK32
 
 
 def _number(text: str, width: int, instruction: Instruction) -> Number:

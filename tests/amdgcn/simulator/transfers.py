@@ -49,7 +49,8 @@ _LOADS = {
 }  # fmt: skip
 _STORES = {
     "byte": Transfer(True, 1), "short": Transfer(True, 2), "short_d16_hi": Transfer(True, 2, True),
-    "dword": Transfer(True, 4), "dwordx2": Transfer(True, 8), "dwordx3": Transfer(True, 12), "dwordx4": Transfer(True, 16),
+    "dword": Transfer(True, 4), "dwordx2": Transfer(True, 8), "dwordx3": Transfer(True, 12),
+    "dwordx4": Transfer(True, 16),
 }  # fmt: skip
 BUFFER = {
     **{f"buffer_load_{name}": transfer for name, transfer in _LOADS.items()},

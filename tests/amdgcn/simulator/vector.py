@@ -1,6 +1,6 @@
 """The vector unit: what each instruction computes, lane by lane.
 
-A signature reads like an assignment: "u32 mask = u32 u32" are two results and two sources, in the order of the operands.
+A signature reads like an assignment: "u32 mask = u32 u32" are two results and two sources, in the operands' order.
 """
 
 from __future__ import annotations
