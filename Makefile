@@ -1,4 +1,5 @@
 # make demo: install and run the main job on this machine's device.   make test: install and run the tests.
+# make amd-acceptance: on a ROCm machine, everything that it can tell, in one report.
 # A torch that is already installed (ROCm, CUDA) is used, never replaced; without one, the pinned CPU build is installed.
 
 PYTHON ?= python3
@@ -7,7 +8,7 @@ RUN := $(VENV)/bin/python
 TORCH := 2.13.0
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: setup demo test lint docs clean
+.PHONY: setup demo test lint docs amd-acceptance clean
 
 setup: $(VENV)/.installed
 
@@ -39,6 +40,9 @@ lint: setup
 
 docs: setup
 	$(RUN) -c "from fx_fusion.decline import markdown; print(markdown(), end='')" > docs/declines.md
+
+amd-acceptance: setup
+	$(RUN) tests/acceptance.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -10,6 +10,7 @@ from torch.fx import Graph, Node
 from fx_fusion import rewrite as _rewrite
 from fx_fusion.decline import Decline
 from fx_fusion.facts import Facts
+from fx_fusion.kernels.cache_layout import Size
 from fx_fusion.kernels.contract import Problem, mrope_section
 from fx_fusion.patterns import qk_norm_rope_cache as pattern
 from fx_fusion.patterns.qk_norm_rope_cache import Candidate, Match
@@ -73,10 +74,16 @@ def _problem(match: Match) -> Problem:
         slots_dtype=_dtype(addresses.slots.node),
         separate_blocks=addresses.blocks is not None,
         per_sequence_cache=addresses.blocks is None and not same(addresses.size[:1], [1]),
-        cache_stride=tuple(stride if isinstance(stride, int) else None for stride in addresses.stride),
+        cache_stride=tuple(map(_number, addresses.stride)),
         return_k=match.return_k,
         skip_negative_slots=False,
+        block_size=_number(addresses.size[1]) if addresses.blocks is not None else None,
+        num_tokens=_number(match.grid[0] * match.grid[1]),
     )
+
+
+def _number(size: Size) -> int | None:
+    return size if isinstance(size, int) else None
 
 
 def _dtype(node: Node) -> torch.dtype:
@@ -89,10 +96,25 @@ def _weight_dtype(node: Node | None) -> torch.dtype | None:
 
 def _is_packed(match: Match) -> bool:
     q, k, v = match.query_heads.heads, match.key_heads.heads, match.value_store.heads
-    same = match.query.data is match.key.data is match.value_store.data
+    if not match.query.data is match.key.data is match.value_store.data:
+        return False
     dense = all(heads.stride == heads.head_dim for heads in (q, k, v))
-    ends = (0, q.num_heads * q.head_dim, (q.num_heads + k.num_heads) * q.head_dim)
-    return same and dense and (q.offset, k.offset, v.offset) == ends
+    first_k = q.num_heads * q.head_dim
+    first_v = first_k + k.num_heads * k.head_dim
+    ends = (first_k, first_v, first_v + v.num_heads * v.head_dim)
+    return dense and (k.offset, v.offset, q.width) == ends and q.offset == 0 and _is_contiguous(match.query.data)
+
+
+def _is_contiguous(node: Node) -> bool:
+    """Without asking a symbolic size, which would guard on the answer."""
+    value: torch.Tensor = node.meta["val"]
+    extent: Size = 1
+    for size, stride in zip(reversed(value.shape), reversed(value.stride()), strict=True):
+        # The stride of a dimension of one element means nothing.
+        if not same([size], [1]) and not same([stride], [extent]):
+            return False
+        extent = extent * size
+    return True
 
 
 def _is_packed_table(match: Match) -> bool:

@@ -24,7 +24,9 @@ from fx_fusion.config import Config
 from fx_fusion.decline import Decline, first_source_line
 from fx_fusion.dispatch import KernelUnavailable, choose, eligibility
 from fx_fusion.facts import Facts
+from fx_fusion.kernels import tuned
 from fx_fusion.kernels.contract import Target
+from fx_fusion.kernels.versions import aiter_version, triton_version
 from fx_fusion.registry import REGISTRY, Fusion
 from fx_fusion.report import REPORTS, FusionReport, LayerReport
 
@@ -61,7 +63,9 @@ class FusionPass(_Base):
         registered = REGISTRY.fingerprint()
         if before is None or registered is None or configuration.fuel() is not None:
             return None
-        return ("fx_fusion", _source_hash(), registered, repr(self._config), configuration.disabled(), before)
+        versions = triton_version(), aiter_version()
+        settings = repr(self._config), configuration.disabled(), tuned.fingerprint()
+        return ("fx_fusion", _source_hash(), versions, registered, settings, before)
 
 
 def _call(graph_pass: Any, graph: Graph, is_inference: bool | None) -> None:

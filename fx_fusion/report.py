@@ -6,10 +6,11 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from torch._dynamo.utils import counters
+
+from fx_fusion.cache_folder import cache_folder
 
 State = Literal["rewritten", "recognised", "declined"]
 
@@ -138,7 +139,7 @@ class Reports:
 
     def publish(self, report: FusionReport) -> None:
         """Called by the pass."""
-        path = _directory() / f"{report.id}.json"
+        path = cache_folder() / f"{report.id}.json"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_suffix(f".{id(report)}.partial")
@@ -176,7 +177,7 @@ class Reports:
 
     def _load(self, report_id: str) -> FusionReport:
         if report_id not in self._known:
-            path = _directory() / f"{report_id}.json"
+            path = cache_folder() / f"{report_id}.json"
             if not path.exists():
                 missing = LayerReport(
                     "unknown", "declined", code="report.missing", reason=f"the report file {path} is gone"
@@ -184,12 +185,6 @@ class Reports:
                 return FusionReport((missing,), stores=0, nodes=0, kernel="unknown", seconds={})
             self._known[report_id] = FusionReport.from_json(path.read_text())
         return self._known[report_id]
-
-
-def _directory() -> Path:
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-    return Path(cache_dir()) / "fx_fusion"
 
 
 REPORTS = Reports()

@@ -52,7 +52,7 @@ class Problem:
     weight_dtypes: tuple[torch.dtype | None, torch.dtype | None]
     angle_dtype: torch.dtype
     packed_qkv: bool
-    """q, k and v are consecutive columns of one contiguous tensor."""
+    """q, k and v are consecutive columns of one contiguous tensor, and all that it has."""
     packed_table: bool
     """cos and sin are the two halves of one contiguous table."""
     positions_dtype: torch.dtype | None
@@ -70,6 +70,8 @@ class Problem:
     """k or v is divided by a scale as it is stored."""
     scale_on_device: bool = False
     """A scale is a tensor that is read at every call."""
+    num_tokens: int | None = None
+    """Contracts do not ask for it; which kernel is fastest depends on it."""
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fx_fusion.kernels import tuned
 from fx_fusion.kernels.cache_layout import CacheLayout, Size
 from fx_fusion.kernels.contract import Kernel, Problem, Target
+from fx_fusion.kernels.tile import Tile
+from fx_fusion.kernels.tuned_file import Shape
 
 FLOAT8 = {torch.float8_e4m3fn: "e4m3fn", torch.float8_e4m3fnuz: "e4m3fnuz", torch.float8_e5m2: "e5m2"}
 ACTIVATIONS = (torch.bfloat16, torch.float16, torch.float32)
@@ -60,19 +63,6 @@ KERNEL = Kernel("triton", unavailable, refuses)
 
 
 @dataclass(frozen=True)
-class Tile:
-    """What one program serves: so many tokens and heads, with so many warps.
-
-    `heads_per_program` is None for all of `heads`, or an expression of a symbolic number of tokens.
-    """
-
-    tokens: int
-    num_warps: int
-    heads: int = 1
-    heads_per_program: Size | None = None
-
-
-@dataclass(frozen=True)
 class Launch:
     """One launch: sizes may be symbolic."""
 
@@ -90,10 +80,12 @@ def choose_tile(num_tokens: Size, num_heads: int, num_kv_heads: int, head_dim: i
     """
     work = num_tokens * (num_heads + 2 * num_kv_heads) * head_dim // 128
     if isinstance(work, torch.SymInt):
-        tile = Tile(2, 1, 4, heads_per_program=torch.sym_min(4, 1 + work // 12288))
+        tile = tile_for_any(work)
+    elif head_dim > 128:
+        tile = Tile(2, 1) if work <= 16384 else Tile(2, 1, 4)
     elif work <= 4096:
-        tile = Tile(4, 4) if head_dim <= 128 else Tile(2, 1)
-    elif work <= 16384 or head_dim > 128:
+        tile = Tile(4, 4)
+    elif work <= 16384:
         tile = Tile(2, 1, 2)
     elif num_kv_heads % 4 == 0:
         tile = Tile(2, 1, 4)
@@ -102,14 +94,26 @@ def choose_tile(num_tokens: Size, num_heads: int, num_kv_heads: int, head_dim: i
     return _for_width(tile, head_dim, wave_size)
 
 
+def tile_for_any(work: Size) -> Tile:
+    """One compiled kernel for a symbolic number of tokens: how many heads a program serves is decided at the launch."""
+    return Tile(2, 1, 4, heads_per_program=torch.sym_min(4, 1 + work // 12288))
+
+
 def _for_width(tile: Tile, head_dim: int, wave_size: int) -> Tile:
     more = max(1, 128 // head_dim) * wave_size // 32
     fewer_warps = min(more, tile.num_warps)
     return replace(tile, num_warps=tile.num_warps // fewer_warps, tokens=tile.tokens * (more // fewer_warps))
 
 
+def _tuned_tile(q: Tensor, num_kv_heads: int, rotary_dim: int) -> Tile | None:
+    batch, seq, num_heads, head_dim = q.shape
+    shape = Shape.of(num_heads, num_kv_heads, head_dim, rotary_dim, q.dtype)
+    measured = tuned.timing(shape, batch * seq, q.device)
+    return measured and measured.tile
+
+
 @functools.cache
-def _wave_size(device: torch.device) -> int:
+def wave_size_of(device: torch.device) -> int:
     """Threads of a warp: 64 on AMD's CDNA, else 32."""
     return torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
 
@@ -151,7 +155,8 @@ def plan(
     batch, seq, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[2]
     num_tokens = batch * seq
-    tile = tile or choose_tile(num_tokens, num_heads, num_kv_heads, head_dim, _wave_size(q.device))
+    tile = tile or _tuned_tile(q, num_kv_heads, rotary_dim)
+    tile = tile or choose_tile(num_tokens, num_heads, num_kv_heads, head_dim, wave_size_of(q.device))
     heads = tile.heads if tile.heads_per_program is None else tile.heads_per_program
     cos_strides, sin_strides = (_angle_strides(rows, positions) for rows in (cos, sin))
     arguments = {
@@ -189,7 +194,7 @@ def plan(
         "GEMMA_NORM": gemma_norm,
         "ANGLE_PER_LANE": cos.shape[-1] == rotary_dim,
         "NUM_AXES": 0 if positions is None else max(axes) + 1,
-        "AXES": _pack(axes),
+        "AXES": _pack(tuple(axes)),
         "SAME_ROWS": _is_same(cos.shape[0], sin.shape[0]),
         "SKIP_NEGATIVE_SLOTS": skip_negative_slots,
         "SATURATE": saturate,
@@ -322,6 +327,7 @@ def _cache_arguments(name: str, layout: CacheLayout) -> dict[str, Size]:
     }
 
 
-def _pack(axes: Sequence[int]) -> int:
+@functools.cache
+def _pack(axes: tuple[int, ...]) -> int:
     """Two bits a pair, the first pair lowest; 15 pairs to 30 bits, as the kernel unpacks them."""
     return sum(axis << (2 * pair) for pair, axis in enumerate(axes))

@@ -12,7 +12,7 @@ from fx_fusion.report import REPORTS
 def fresh(tmp_path, monkeypatch):
     """No compile cache, no Dynamo state and no random state leaks from one test into another."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
-    for name in ("FX_FUSION_KERNEL", "FX_FUSION_DISABLE", "FX_FUSION_FUEL"):
+    for name in ("FX_FUSION_KERNEL", "FX_FUSION_DISABLE", "FX_FUSION_FUEL", "FX_FUSION_TUNED"):
         monkeypatch.delenv(name, raising=False)
     torch._dynamo.reset()
     REPORTS.clear()

@@ -14,21 +14,18 @@ import triton
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1] / "tests"))
 
-from amdgcn.aot import WAVE_SIZES, compile_kernel  # noqa: E402
-from amdgcn.launches import prepare  # noqa: E402
-from amdgcn.resources import SERVED, resources  # noqa: E402
-
-from fx_fusion.kernels.triton import kernel  # noqa: E402
+from amdgcn.aot import WAVE_SIZES  # noqa: E402
+from amdgcn.resources import SERVED, served  # noqa: E402
 
 HEAD = """# What the kernel needs on AMD GPUs
 
-`python examples/benchmarks/amd_resources.py`, Triton {triton}: compiled, not run. 32 query and 8 key heads of 128 lanes in
-bfloat16, mRoPE, 8192 tokens, but for what the first column says; the tile is the one that the launch chooses. Occupancy is
-waves a SIMD unit, as LLVM counts it from registers. Loads and stores are instructions, by bytes a lane. Nothing spills
-to scratch memory.
+`python examples/benchmarks/amd_resources.py`, Triton {triton}: compiled, not run. 32 query and 8 key heads of 128 lanes
+in bfloat16, mRoPE, 8192 tokens, but for what the first column says. The tile, tokens × heads and warps, is the one that
+a launch chooses. Occupancy is waves a SIMD unit as LLVM counts them from registers alone. Spilled are registers and
+bytes of scratch memory. Loads and stores are instructions, by bytes a lane.
 
-| launch | GPU | VGPRs | SGPRs | spilled | LDS | occupancy | code bytes | loads | stores |
-|---|---|---|---|---|---|---|---|---|---|
+| launch | GPU | tile | VGPRs | SGPRs | spilled | LDS | occupancy | code bytes | loads | stores |
+|---|---|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -38,12 +35,12 @@ def main() -> None:
 
 
 def row(name: str, arch: str) -> str:
-    prepared = prepare(SERVED[name], "meta")
-    found = resources(compile_kernel(kernel(), prepared.arguments(kernel()), arch, prepared.launch.tile.num_warps))
+    found = served(name, arch)
+    tile = SERVED[name].tiled_for(WAVE_SIZES[arch]).tile
     spilled = found.vgpr_spills + found.sgpr_spills + found.scratch_bytes
     cells = [
-        name, arch, found.vgprs, found.sgprs, spilled, found.lds_bytes, found.occupancy, found.code_bytes,
-        widths(found.loads), widths(found.stores),
+        name, arch, f"{tile.tokens} × {tile.heads}, {tile.num_warps}", found.vgprs, found.sgprs, spilled,
+        found.lds_bytes, found.occupancy, found.code_bytes, widths(found.loads), widths(found.stores),
     ]  # fmt: skip
     return f"| {' | '.join(map(str, cells))} |"
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-import torch
+from launches.checks import storage_bytes
+from launches.problem import Prepared
 from torch import Tensor
 
 from amdgcn.aot import Binary
-from amdgcn.launches import Prepared
 from amdgcn.simulator import Arena, Result, run
 
 
@@ -45,9 +44,3 @@ def _argument(value: Any, arena: Arena, addresses: dict[int, int]) -> int:
     # The compiler was told whether 16 divides the address.
     assert address % 16 == value.data_ptr() % 16
     return address
-
-
-def storage_bytes(tensor: Tensor) -> np.ndarray:
-    """All bytes of the storage, shared with it."""
-    storage = tensor.untyped_storage()
-    return torch.empty(0, dtype=torch.uint8).set_(storage).numpy()

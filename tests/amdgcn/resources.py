@@ -7,9 +7,10 @@ from collections import Counter
 from dataclasses import dataclass
 
 import torch
+from launches.problem import Variant, prepare
 
-from amdgcn.aot import Binary
-from amdgcn.launches import Variant
+from amdgcn.aot import WAVE_SIZES, Binary, compile_kernel
+from fx_fusion.kernels.triton import kernel
 
 # Bytes a lane: of CDNA's names, then of RDNA's.
 WIDTHS = {
@@ -21,7 +22,8 @@ ACCESS = re.compile(
     r"^\s+(?:buffer|global|flat)_(load|store)_(?:d16_)?(?:hi_)?([a-z]+\d*(?:x\d)?)(?:_d16)?(?:_hi)?\s", re.M
 )
 
-_PREFILL = {"seq": 8192, "num_heads": 32, "num_kv_heads": 8, "tile": None}
+# What a server launches, for resources alone: the tile is chosen for each GPU.
+_PREFILL = {"seq": 8192, "num_heads": 32, "num_kv_heads": 8}
 SERVED = {
     "64 tokens": Variant(**{**_PREFILL, "seq": 64}, return_k=False),
     "8192 tokens": Variant(**_PREFILL, return_k=False),
@@ -56,6 +58,15 @@ class Resources:
     code_bytes: int
     loads: Counter[int]
     stores: Counter[int]
+
+
+def served(name: str, arch: str) -> Resources:
+    return compiled(SERVED[name].tiled_for(WAVE_SIZES[arch]), arch)
+
+
+def compiled(variant: Variant, arch: str) -> Resources:
+    arguments = prepare(variant, "meta").arguments(kernel())
+    return resources(compile_kernel(kernel(), arguments, arch, variant.tile.num_warps))
 
 
 def resources(binary: Binary) -> Resources:

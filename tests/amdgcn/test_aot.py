@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="compiles Triton kernels")
 
-from amdgcn.aot import CDNA, WAVE_SIZES, compile_kernel
-from amdgcn.launches import Variant, prepare
+from launches.problem import Variant, prepare
+
+from amdgcn.aot import WAVE_SIZES, compile_kernel
 from fx_fusion.kernels.triton import kernel
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2)
@@ -54,12 +57,11 @@ def test_a_tensor_of_more_than_2_gib():
 
 @pytest.mark.parametrize("arch", WAVE_SIZES)
 def test_waves(arch):
-    assert f".amdhsa_wavefront_size32 {int(WAVE_SIZES[arch] == 32)}" in binary(Variant(), arch).assembly or arch in CDNA
-    assert f".wavefront_size: {WAVE_SIZES[arch]}" in binary(Variant(), arch).assembly.replace("  ", "")
+    assert re.search(rf"\.wavefront_size: +{WAVE_SIZES[arch]}$", binary(Variant(), arch).assembly, re.M)
 
 
 @pytest.mark.parametrize("dtype", FLOAT8, ids=str)
 def test_no_target_converts_float8_in_hardware(dtype):
     """Triton chooses such converters once for a process: here, which target came first would change the code."""
     for arch in WAVE_SIZES:
-        assert "fp8" not in binary(Variant(cache_dtype=dtype), arch).assembly.replace("bf8", "fp8")
+        assert not re.search(r"v_cvt_\w*[fb][pf]8", binary(Variant(cache_dtype=dtype), arch).assembly)

@@ -6,23 +6,19 @@ import pytest
 
 pytest.importorskip("triton", reason="compiles Triton kernels")
 
-from amdgcn.aot import WAVE_SIZES, compile_kernel
-from amdgcn.launches import Variant, prepare
-from amdgcn.resources import SERVED, Resources, resources
-from fx_fusion.kernels.triton import Tile, kernel
+from launches.problem import Variant
+
+from amdgcn.aot import WAVE_SIZES
+from amdgcn.resources import SERVED, compiled, served
+from fx_fusion.kernels.triton import Tile
 
 INDEX = 8  # Bytes of a position or a slot.
-
-
-def compiled(variant: Variant, arch: str) -> Resources:
-    prepared = prepare(variant, "meta")
-    return resources(compile_kernel(kernel(), prepared.arguments(kernel()), arch, prepared.launch.tile.num_warps))
 
 
 @pytest.mark.parametrize("arch", WAVE_SIZES)
 @pytest.mark.parametrize("name", SERVED)
 def test_all_stays_in_registers(name, arch):
-    found = compiled(SERVED[name], arch)
+    found = served(name, arch)
     assert (found.vgpr_spills, found.sgpr_spills, found.scratch_bytes) == (0, 0, 0)
     # Of the 64 KiB that a workgroup may have, and without which fewer workgroups run at once.
     assert found.lds_bytes <= 16384

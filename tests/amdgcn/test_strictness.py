@@ -8,9 +8,10 @@ import pytest
 
 pytest.importorskip("triton", reason="compiles Triton kernels")
 
+from launches.problem import Variant, prepare
+
 from amdgcn.aot import compile_kernel
 from amdgcn.execute import execute
-from amdgcn.launches import Variant, prepare
 from amdgcn.simulator import Unsupported, assembly, machine
 from amdgcn.single import run
 from fx_fusion.kernels.triton import kernel

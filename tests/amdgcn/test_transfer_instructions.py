@@ -68,11 +68,11 @@ LDS_STORES = {
     "ds_write_b8": 1, "ds_write_b16": 2, "ds_write_b32": 4, "ds_write_b64": 8, "ds_write_b96": 12, "ds_write_b128": 16,
 }  # fmt: skip
 LOAD_TEXTS = [
-    *((f"{unit}_load_{name}", FORMS[f"{unit}_load_"], size) for unit in ("buffer", "global") for name, size in LOADS.items()),
+    *((form + name, FORMS[form], size) for form in ("buffer_load_", "global_load_") for name, size in LOADS.items()),
     *((name, "{data}, v0 offset:32", size) for name, size in LDS_LOADS.items()),
 ]  # fmt: skip
 STORE_TEXTS = [
-    *((f"{unit}_store_{name}", FORMS[f"{unit}_store_"], size) for unit in ("buffer", "global") for name, size in STORES.items()),
+    *((form + name, FORMS[form], size) for form in ("buffer_store_", "global_store_") for name, size in STORES.items()),
     *((name, "v0, {data} offset:32", size) for name, size in LDS_STORES.items()),
 ]  # fmt: skip
 
@@ -227,7 +227,7 @@ OUTSIDE = [
 
 @pytest.mark.parametrize("text", OUTSIDE)
 def test_outside_every_buffer(bench, text):
-    with pytest.raises(AccessError, match="outside every buffer|LDS"):
+    with pytest.raises(AccessError, match=r"outside every buffer|LDS"):
         bench.run(text, length=0x7FFFFFFE, v={0: np.where(LANES == 9, SIZE, 0)})
     assert not len(bench.written())
 

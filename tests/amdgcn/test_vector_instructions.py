@@ -199,23 +199,16 @@ def test_floats(text, seed):
         same(wave.v[2 if "fmac" in text else 9], [exactly(FLOATS[text], *lane) for lane in lanes])
 
 
-@given(seeds)
+@given(st.lists(st.integers(1, 2000), min_size=64, max_size=64), seeds)
 @few
-def test_fma_where_two_roundings_differ(seed):
-    """A * b + c a hair beside the middle of two floats."""
-    generator = np.random.default_rng(seed)
-    a = (1 + generator.integers(0, 1 << 23, 64) * 2.0**-23).astype(np.float32)
-    b = (1 + generator.integers(0, 1 << 12, 64) * 2.0**-12).astype(np.float32)
-    product = a.astype(np.float64) * b
-    near = np.ldexp(product.astype(np.float32), generator.integers(0, 40, 64)).astype(np.float32)
-    wave = run("v_fma_f32 v9, v0, v1, v2", v={0: a.view(np.uint32), 1: b.view(np.uint32), 2: near.view(np.uint32)})
-    same(
-        wave.v[9],
-        [
-            float32(Fraction(float(x)) * Fraction(float(y)) + Fraction(float(z)))
-            for x, y, z in zip(a, b, near, strict=True)
-        ],
-    )
+def test_fma_where_two_roundings_differ(distances, seed):
+    """A hair below the middle of two floats: float64 rounds up to the middle, or to its neighbour."""
+    distance = np.array(distances) * 2.0**-23
+    a, b = np.float32(2.0**-24 * (1 + distance)), np.float32(1 - distance)
+    c = np.float32(1 + (2 * np.random.default_rng(seed).integers(0, 1 << 22, 64) + 1) * 2.0**-23)
+    wave = run("v_fma_f32 v9, v0, v1, v2", v={index: value.view(np.uint32) for index, value in enumerate((a, b, c))})
+    lanes = [tuple(Fraction(float(value)) for value in lane) for lane in zip(a, b, c, strict=True)]
+    same(wave.v[9], [float32(x * y + z) for x, y, z in lanes])
 
 
 PACKED = {
@@ -316,7 +309,10 @@ def bfloat16_bits(value: float) -> int:
 @given(seeds)
 @few
 def test_conversions_to_half(seed):
-    values = np.where(np.isnan(floats(seed).view(np.float32)), np.uint32(0), floats(seed))
+    values = floats(seed)
+    values[::3] = values[::3] & 0xFFFF0000 | 0x8000  # In the middle of two bfloat16.
+    values[1::3] = values[1::3] & 0xFFFFE000 | 0x1000  # In the middle of two float16.
+    values = np.where(np.isnan(values.view(np.float32)), np.uint32(0), values)
     wave = run(
         "v_cvt_f16_f32_e32 v2, v0", "v_cvt_pk_f16_f32 v3, v0, v1", "v_cvt_pk_bf16_f32 v4, v0, v1",
         v={0: values, 1: values[::-1]},
@@ -415,6 +411,31 @@ def test_comparisons(mnemonic, seed):
 def test_selection_and_inactive_lanes():
     wave = run("v_cndmask_b32_e64 v2, v0, v1, s[4:5]", v={0: 10, 1: 11, 2: 12}, s={4: 0b0110, 5: 0}, exec_mask=0b0011)
     assert wave.v[2, :4].tolist() == [10, 11, 12, 12]
+
+
+INACTIVE = [
+    "v_mov_b32_e32 v8, v0",
+    "v_add_u16_e32 v8, v0, v1",
+    "v_add_f32_e32 v8, v0, v1",
+    "v_fmac_f32_e32 v8, v0, v1",
+    "v_mov_b64_e32 v[8:9], v[0:1]",
+    "v_pk_mul_f32 v[8:9], v[0:1], v[0:1]",
+    "v_pk_mov_b32 v[8:9], v[0:1], v[0:1]",
+    "v_fma_mix_f32 v8, v0, v0, v0",
+    "v_fma_mixlo_f16 v8, v0, v0, v0",
+    "v_bitop3_b32 v8, v0, v0, v0 bitop3:0xff",
+    "v_add_u32_sdwa v8, v0, v1 dst_sel:BYTE_1 dst_unused:UNUSED_PAD src0_sel:DWORD src1_sel:DWORD",
+    "v_mov_b32_dpp v8, v0 row_mirror row_mask:0xf bank_mask:0xf bound_ctrl:1",
+    "v_mad_u64_u32 v[8:9], s[4:5], v0, v0, v[0:1]",
+    "ds_bpermute_b32 v8, v0, v1",
+]
+
+
+@pytest.mark.parametrize("text", INACTIVE)
+def test_inactive_lanes_keep_their_values(text):
+    wave = run(text, v={0: 0x40400000, 1: 0x40A00000, 8: 77, 9: 78}, exec_mask=0b10)
+    assert wave.v[8:10, [0, 2, 63]].tolist() == [[77] * 3, [78] * 3]
+    assert wave.v[8:10, 1].tolist() != [77, 78]
 
 
 def test_lanes_and_scalars():

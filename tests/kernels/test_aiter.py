@@ -778,7 +778,8 @@ def test_the_stand_in_reads_other_dtypes_as_garbage():
 # --- dispatch -----------------------------------------------------------------------------------------------------
 
 
-def test_is_preferred_where_it_is_installed(monkeypatch):
+def test_serves_where_it_is_installed(monkeypatch):
+    """By its name; tests/test_dispatch.py has what `auto` prefers."""
     import test_aiter_contract
 
     from fx_fusion import dispatch
@@ -786,5 +787,5 @@ def test_is_preferred_where_it_is_installed(monkeypatch):
     served: Problem = test_aiter_contract.SERVED
     monkeypatch.setattr(aiter, "installed", lambda: None)
     assert aiter.unavailable(Target("gfx942")) is None
-    assert dispatch.choose("auto", served, Target("gfx942")) == "aiter"
+    assert dispatch.choose("aiter", served, Target("gfx942")) == "aiter"
     assert dispatch.choose("aiter", served, Target("hip")) == "aiter"

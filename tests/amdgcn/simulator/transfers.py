@@ -137,7 +137,7 @@ def _buffer(instruction: Instruction, transfer: Transfer, memories: Memories) ->
         offsets = start[:, None] + np.arange(0, transfer.size, piece)
         inside = (offsets < max(length - shift, 0)) & wave.exec[:, None]
         outside = ~inside.all(1) & wave.exec
-        memories.out_of_range.update(int(offset) for offset in set(wave.v[offset_register][outside].tolist()))
+        memories.out_of_range.update(wave.v[offset_register][outside].tolist())
         addresses = (low | high << 32) + shift + offsets[inside]
         if transfer.stores:
             pieces = _outgoing(wave, data_register, transfer).reshape(WAVE_SIZE, -1, piece)

@@ -42,8 +42,7 @@ class Variant:
     angle_dtype: torch.dtype | None = None
     index_dtype: torch.dtype = torch.int64
     gated: bool = False
-    q_weights: bool = True
-    k_weights: bool = True
+    weights: bool = True
     gemma_norm: bool = False
     q_eps: float | None = 1e-6
     k_eps: float | None = 1e-6
@@ -60,7 +59,13 @@ class Variant:
     v_scale: float | str | None = None
     saturate: bool = False
     return_k: bool = True
-    tile: Tile | None = WIDE  # None: what the plan chooses.
+    tile: Tile = WIDE
+
+    def tiled_for(self, wave_size: int) -> Variant:
+        """With the tile that a launch on such a GPU would choose."""
+        tokens = self.batch * self.seq
+        tile = triton.choose_tile(tokens, self.num_heads, self.num_kv_heads, self.head_dim, wave_size)
+        return dataclasses.replace(self, tile=tile)
 
     @property
     def rotated(self) -> int:
@@ -102,7 +107,7 @@ class Prepared:
         tile = {field.upper(): value for field, value in dataclasses.asdict(self.launch.tile).items()}
         known = {**tensors, **self.launch.arguments, **self.launch.constants, **tile}
         if self.variant.cache == "whole":
-            known |= {"k_cache": known["k_cache"]._base, "v_cache": None}
+            known |= {"k_cache": _whole_storage(known["k_cache"]), "v_cache": None}
         return {name: known[name] for name in kernel.arg_names}
 
 
@@ -114,7 +119,7 @@ def prepare(variant: Variant, device: str = "cpu", seed: int = 0) -> Prepared:
     slots, blocks = make.slots()
     k_cache, v_cache = make.caches()
     operands = {
-        "q": q, "k": k, "v": v, "q_weight": make.weight(variant.q_weights), "k_weight": make.weight(variant.k_weights), "cos": cos, "sin": sin,
+        "q": q, "k": k, "v": v, "q_weight": make.weight(), "k_weight": make.weight(), "cos": cos, "sin": sin,
         "positions": positions, "slots": slots, "blocks": blocks, "k_scale": make.scale(variant.k_scale),
         "v_scale": make.scale(variant.v_scale), "k_cache": k_cache, "v_cache": v_cache,
     }  # fmt: skip
@@ -132,6 +137,12 @@ def prepare(variant: Variant, device: str = "cpu", seed: int = 0) -> Prepared:
         "k_out": make.unwritten(*k.shape, dtype=k.dtype) if variant.return_k else None,
     }
     return Prepared(variant, {**operands, **outputs}, options, launch)
+
+
+def _whole_storage(tensor: Tensor) -> Tensor:
+    if tensor.device.type == "meta":
+        return tensor
+    return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(tensor.untyped_storage())
 
 
 def _cycle(values: list[int], like: Tensor) -> Tensor:
@@ -179,9 +190,9 @@ class _Maker:
             value[..., : len(special)] = torch.tensor(special)
         return q, key.unflatten(-1, (-1, v.head_dim)), value.unflatten(-1, (-1, v.head_dim))
 
-    def weight(self, present: bool) -> Tensor | None:
+    def weight(self) -> Tensor | None:
         v = self.variant
-        return self.random(v.head_dim, dtype=v.weight_dtype or v.dtype) if present else None
+        return self.random(v.head_dim, dtype=v.weight_dtype or v.dtype) if v.weights else None
 
     def angles(self) -> tuple[Tensor, Tensor, Tensor | None]:
         v = self.variant

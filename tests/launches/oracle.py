@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from amdgcn.launches import Prepared
+from launches.problem import Prepared
 
 
 @dataclass(frozen=True)

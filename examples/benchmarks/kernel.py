@@ -1,0 +1,312 @@
+"""The fused kernel on a GPU, beside a device copy of the same bytes and static-shape torch.compile of the unfused code.
+
+    python examples/benchmarks/kernel.py [--output FOLDER] [--tokens 1,64,1024] [--heads 32/8/128]
+
+Every number is microseconds a call, the median of several replays of one CUDA graph that makes many calls, each on
+tensors of its own; before each replay the L2 cache is overwritten. "symbolic tokens" is the kernel that a graph with a
+symbolic number of tokens holds. The bytes are all that must move: q, k and v read, q, k and v written, positions,
+slots, and the rows of cosines and sines. Writes kernel.md and kernel.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import multiprocessing
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+
+from fx_fusion.kernels import triton as kernel
+from fx_fusion.kernels.cache_layout import CacheLayout
+
+TABLE_ROWS = 4096
+REPLAYS = 7
+
+
+@dataclass(frozen=True)
+class Shape:
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rotary_dim: int
+    gated: bool = False
+    gemma_norm: bool = False
+    cache: str = "NHD"
+    cache_dtype: torch.dtype = torch.bfloat16
+    rows: bool = False
+    return_k: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.num_heads}/{self.num_kv_heads}/{self.head_dim}"
+
+
+SHAPES = (
+    Shape(32, 8, 128, 128),
+    Shape(8, 1, 128, 128),
+    Shape(64, 8, 128, 128),
+    Shape(64, 4, 128, 128),
+    Shape(16, 2, 256, 64, gated=True, gemma_norm=True),
+)
+PLAIN = SHAPES[0]
+VARIANTS = {
+    "plain": PLAIN,
+    "float8 cache": replace(PLAIN, cache_dtype=torch.float8_e4m3fn),
+    "heads-first cache": replace(PLAIN, cache="HND"),
+    "shuffle layout": replace(PLAIN, cache="shuffle"),
+    "full-width rows (Hugging Face)": replace(PLAIN, rows=True),
+    "k returned": replace(PLAIN, return_k=True),
+}
+BLOCK = 16
+
+
+class Calls:
+    """`count` calls on tensors of their own."""
+
+    def __init__(self, shape: Shape, tokens: int, count: int) -> None:
+        self.shape, self.tokens = shape, tokens
+        q_width = shape.num_heads * shape.head_dim * (2 if shape.gated else 1)
+        kv_width = shape.num_kv_heads * shape.head_dim
+        self.split = [q_width, kv_width, kv_width]
+        make = {"device": "cuda", "dtype": torch.bfloat16}
+        self.projections = torch.randn(count, 1, tokens, sum(self.split), **make)
+        self.caches = [self.cache(count, which) for which in "kv"]
+        self.slots = torch.stack([torch.randperm(tokens, device="cuda") for _ in range(count)])[:, None]
+        self.positions = torch.randint(0, TABLE_ROWS, (count, 3, 1, tokens), device="cuda")
+        angles = torch.rand(TABLE_ROWS, shape.rotary_dim // 2, device="cuda") * 6
+        self.table = torch.cat([angles.cos(), angles.sin()], -1).bfloat16()
+        self.angles = torch.rand(2, count, 1, tokens, shape.rotary_dim, **make)
+        self.weight = torch.rand(shape.head_dim, **make)
+        pairs = shape.rotary_dim // 2
+        self.axes = [pair % 3 if pair < 15 * pairs // 16 else 0 for pair in range(pairs)]
+
+    def cache(self, count: int, which: str) -> Tensor:
+        shape, blocks = self.shape, -(-self.tokens // BLOCK)
+        heads, dim, group = shape.num_kv_heads, shape.head_dim, 16 // shape.cache_dtype.itemsize
+        sizes = {
+            "NHD": (1, blocks * BLOCK, heads, dim),
+            "HND": (blocks, heads, BLOCK, dim),
+            "shuffle": (blocks, heads, dim // group, BLOCK, group)
+            if which == "k"
+            else (blocks, heads, BLOCK // group, dim, group),
+        }[shape.cache]
+        return torch.zeros(count, *sizes, dtype=shape.cache_dtype, device="cuda")
+
+    def operands(self, index: int) -> tuple[list[Tensor | None], dict[str, object]]:
+        shape = self.shape
+        q, k, v = self.projections[index].split(self.split, -1)
+        q = q.unflatten(-1, (shape.num_heads, -1))[..., : shape.head_dim]
+        k, v = (part.unflatten(-1, (shape.num_kv_heads, shape.head_dim)) for part in (k, v))
+        half = shape.rotary_dim // 2
+        cos, sin, positions = self.table[:, :half], self.table[:, half:], self.positions[index]
+        if shape.rows:
+            cos, sin, positions = self.angles[0, index], self.angles[1, index], None
+        slots, blocks = self.slots[index], None
+        if shape.cache != "NHD":
+            slots, blocks = slots % BLOCK, slots // BLOCK
+        k_cache, v_cache = (cache[index] for cache in self.caches)
+        if shape.cache == "HND":
+            k_cache, v_cache = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
+        options = {
+            "k_layout": CacheLayout.of(k_cache, "k_cache"), "v_layout": CacheLayout.of(v_cache, "v_cache"),
+            "k_scale_value": None, "v_scale_value": None, "q_eps": 1e-6, "k_eps": 1e-6,
+            "gemma_norm": shape.gemma_norm, "rotary_dim": shape.rotary_dim, "is_neox": True, "axes": self.axes,
+            "saturate": False, "skip_negative_slots": False,
+        }  # fmt: skip
+        weight = self.weight
+        return [q, k, v, weight, weight, cos, sin, positions, slots, blocks, None, None, k_cache, v_cache], options
+
+    def fused(self, *, symbolic: bool = False) -> Callable[[int], None]:
+        """Plain Triton launches, all planned in advance: a captured graph holds nothing else.
+
+        `symbolic`: by the kernel that a graph with a symbolic number of tokens holds.
+        """
+        shape = self.shape
+        work = self.tokens * (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim // 128
+        tile = kernel.tile_for_any(work) if symbolic else None
+        launches = []
+        for index in range(len(self.projections)):
+            operands, options = self.operands(index)
+            q, k = operands[0], operands[1]
+            q_out, k_out = torch.empty_like(q), torch.empty_like(k) if self.shape.return_k else None
+            plan = kernel.plan(*operands, **options, tile=tile)
+            caches = [kernel.as_bytes(cache) for cache in operands[-2:]]
+            arguments = [*operands[:-2], *caches, q_out, k_out, *plan.arguments.values(), *plan.constants.values()]
+            launches.append((plan, arguments))
+
+        def call(index: int) -> None:
+            plan, arguments = launches[index]
+            kernel.kernel()[(plan.programs,)](*arguments, num_warps=plan.tile.num_warps)
+
+        return call
+
+    def unfused(self) -> Callable[[int], None]:
+        """The same in PyTorch, as a model writes it, compiled for its very sizes."""
+        torch._dynamo.reset()
+        shape, axes = self.shape, torch.tensor(self.axes, device="cuda")
+        half, eps = shape.rotary_dim // 2, 1e-6
+
+        def norm_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+            y = x.float()
+            y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)
+            weight = self.weight.float()
+            y = (y * (1 + weight if shape.gemma_norm else weight)).to(x.dtype)
+            turned, rest = y[..., : shape.rotary_dim], y[..., shape.rotary_dim :]
+            a, b = turned.chunk(2, -1)
+            return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
+
+        @torch.compile(dynamic=False, fullgraph=True)
+        def prologue(projection: Tensor, positions: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+            q, k, v = projection[0].split(self.split, -1)
+            q = q.unflatten(-1, (shape.num_heads, -1))[..., : shape.head_dim]
+            k, v = (part.unflatten(-1, (shape.num_kv_heads, shape.head_dim)) for part in (k, v))
+            rows = self.table[positions[:, 0]]
+            angles = torch.where(axes == 1, rows[1].unflatten(-1, (2, half)), rows[0].unflatten(-1, (2, half)))
+            angles = torch.where(axes == 2, rows[2].unflatten(-1, (2, half)), angles)
+            cos, sin = angles[:, None, 0], angles[:, None, 1]
+            # Into the cache itself, not into a view of it, which Inductor would copy back.
+            k_cache.index_put_((slots[0],), norm_rope(k, cos, sin))
+            v_cache.index_put_((slots[0],), v)
+            return norm_rope(q, cos, sin)
+
+        def call(index: int) -> None:
+            caches = [cache[index, 0] for cache in self.caches]
+            prologue(self.projections[index], self.positions[index], self.slots[index], *caches)
+
+        return call
+
+
+def bytes_moved(shape: Shape, tokens: int) -> int:
+    read = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim * 2
+    written = shape.num_heads * shape.head_dim * 2
+    written += 2 * shape.num_kv_heads * shape.head_dim * shape.cache_dtype.itemsize
+    written += shape.num_kv_heads * shape.head_dim * 2 if shape.return_k else 0
+    indices = 8 if shape.cache == "NHD" else 16
+    angles = 2 * shape.rotary_dim * 2 if shape.rows else 3 * shape.rotary_dim * 2 + 3 * 8
+    return tokens * (read + written + indices + angles)
+
+
+def calls_that_fit(moved: int) -> int:
+    return max(3, min(100, (1 << 30) // moved))
+
+
+def microseconds(call: Callable[[int], object], count: int, flush: Tensor) -> float:
+    for index in range(2):
+        call(index)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for index in range(count):
+            call(index)
+    samples = []
+    for _ in range(REPLAYS):
+        flush.zero_()
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        stop.record()
+        torch.cuda.synchronize()
+        samples.append(start.elapsed_time(stop) / count * 1e3)
+    return statistics.median(samples)
+
+
+def copy_microseconds(moved: int, count: int, flush: Tensor) -> float:
+    """Half the bytes read, half written."""
+    source = torch.empty(count, moved // 2, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return microseconds(lambda index: target[index].copy_(source[index]), count, flush)
+
+
+def measure(shape: Shape, tokens: int, flush: Tensor, *, unfused: bool) -> dict[str, float]:
+    moved = bytes_moved(shape, tokens)
+    count = calls_that_fit(moved)
+    result = {"copy": copy_microseconds(moved, count, flush)}
+    calls = Calls(shape, tokens, count)
+    result["fused"] = microseconds(calls.fused(), count, flush)
+    if unfused:
+        result["symbolic"] = microseconds(calls.fused(symbolic=True), count, flush)
+        result["static compile"] = microseconds(calls.unfused(), count, flush)
+    return {name: round(value, 2) for name, value in result.items()}
+
+
+def compile_ahead(case: tuple[Shape, int]) -> None:
+    """In a process of its own: the caches on disk keep what it compiles."""
+    shape, tokens = case
+    calls = Calls(shape, tokens, 2)
+    calls.fused()(0)
+    if shape.cache == "NHD" and shape in SHAPES:
+        calls.unfused()(0)
+        calls.fused(symbolic=True)(0)
+    torch.cuda.synchronize()
+
+
+def table(rows: list[dict[str, object]]) -> str:
+    lines = [
+        "| Hq/Hk/D | tokens | copy | fused | fused / copy | static compile | by | symbolic tokens |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        fused, copy, static = row["fused"], row["copy"], row["static compile"]
+        name = f"{row['shape']} | {row['tokens']} | {copy:.2f} | **{fused:.2f}**"
+        lines.append(f"| {name} | {fused / copy:.2f} | {static:.2f} | {static / fused:.2f} | {row['symbolic']:.2f} |")
+    return "\n".join(lines)
+
+
+def variant_table(rows: list[dict[str, object]]) -> str:
+    lines = [
+        "| variant | tokens | copy of its bytes | fused | fused / copy |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        fused, copy = row["fused"], row["copy"]
+        lines.append(f"| {row['variant']} | {row['tokens']} | {copy:.2f} | {fused:.2f} | {fused / copy:.2f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent)
+    parser.add_argument("--tokens", default="1,8,64,256,1024,4096,16384")
+    parser.add_argument("--heads", default=None, help="only this shape, as in 32/8/128")
+    parser.add_argument("--jobs", type=int, default=8, help="processes that compile ahead")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.exit(2, "kernel.py measures a GPU, and PyTorch finds none here\n")
+    tokens = [int(number) for number in options.tokens.split(",")]
+    shapes = [shape for shape in SHAPES if options.heads in (None, str(shape))]
+    cases = [(shape, number) for shape in shapes for number in tokens]
+    variant_cases = [(shape, number) for shape in VARIANTS.values() for number in tokens if number in (64, 1024, 16384)]
+    with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
+        pool.map(compile_ahead, [*cases, *variant_cases], chunksize=1)
+    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    rows = []
+    for shape, number in cases:
+        rows.append({"shape": str(shape), "tokens": number, **measure(shape, number, flush, unfused=True)})
+        print(rows[-1], flush=True)
+    variants = []
+    for name, shape in VARIANTS.items():
+        for number in [number for number in tokens if number in (64, 1024, 16384)]:
+            variants.append({"variant": name, "tokens": number, **measure(shape, number, flush, unfused=False)})
+            print(variants[-1], flush=True)
+    machine = {
+        "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
+        "date": datetime.date.today().isoformat(),
+    }  # fmt: skip
+    options.output.mkdir(parents=True, exist_ok=True)
+    record = {"machine": machine, "unit": "microseconds a call", "shapes": rows, "variants": variants}
+    (options.output / "kernel.json").write_text(json.dumps(record, indent=1) + "\n")
+    heading = ", ".join(str(value) for value in machine.values())
+    text = f"# The fused kernel\n\n{heading}. Microseconds a call; `python examples/benchmarks/kernel.py`.\n\n"
+    text += f"{table(rows)}\n\n## Variants of {PLAIN}\n\n{variant_table(variants)}\n"
+    (options.output / "kernel.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

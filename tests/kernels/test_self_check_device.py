@@ -1,0 +1,36 @@
+"""The self-check of the fast kernels, on a real device: what a first use would find."""
+
+from __future__ import annotations
+
+import pytest
+from launches.catalogue import VARIANTS
+from launches.places import on
+from launches.problem import prepare
+
+from fx_fusion.kernels import aiter, self_check, triton
+from fx_fusion.kernels.signature import Signature
+
+pytestmark = pytest.mark.gpu
+
+NAMES = ("plain", "gemma", "sectioned", "rope", "shuffle", "HND", "slots-skip", "head-dim-64", "head-dim-256")
+
+
+def verdict(kernel, launch, name):
+    there = on(prepare(VARIANTS[name]), "cuda")
+    operands = [tensor for key, tensor in there.tensors.items() if key not in ("q_out", "k_out")]
+    options = {**there.options, "return_k": False}
+    return self_check.verdict(kernel, launch, Signature.of(*operands, **options))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_triton_agrees(name):
+    found = verdict("triton", triton.qk_norm_rope_cache, name)
+    assert found.reason is None, found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_aiter_agrees(name):
+    if aiter.installed() is not None:
+        pytest.skip(str(aiter.installed()))
+    found = verdict("aiter", aiter._launch, name)
+    assert found.reason is None, found

@@ -1,0 +1,196 @@
+"""Small models whose prologue fuses: what is mutated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from models import VOCABULARY, Run
+from prologue import EPS, HEAD_DIM, HIDDEN, NUM_HEADS, NUM_KV_HEADS, SLOTS, Prologue, arguments
+from torch import nn
+
+Case = tuple[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]]
+CASES: dict[str, Callable[[], Case]] = {}
+
+
+def case(build: Callable[[], Case]) -> Callable[[], Case]:
+    CASES[build.__name__] = build
+    return build
+
+
+def _plain(cls: type[Prologue], dtype: torch.dtype = torch.float32, **given: Any) -> Case:
+    return cls(dtype), arguments(dtype=dtype, **given), {}
+
+
+@case
+def packed_mrope() -> Case:
+    return _plain(Prologue)
+
+
+@case
+def packed_mrope_bfloat16() -> Case:
+    class Float32Norm(Prologue):
+        def norm(self, x, weight):
+            y = x.float()
+            y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + EPS) * weight.float()
+            return y.to(x.dtype)
+
+    return _plain(Float32Norm, torch.bfloat16)
+
+
+@case
+def packed_mrope_float16() -> Case:
+    return _plain(Prologue, torch.float16)
+
+
+@case
+def separate_rows() -> Case:
+    """Three projections, with a bias; cosine and sine computed in the graph."""
+
+    class Separate(Prologue):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(HIDDEN, n * HEAD_DIM) for n in (NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS))
+
+        def project(self, x):
+            return x
+
+        def split(self, x):
+            return tuple(p(x).view(x.shape[0], -1, HEAD_DIM) for p in (self.q, self.k, self.v))
+
+        def angles(self, positions):
+            frequencies = positions[0].float()[:, None] * 100.0 ** (-torch.arange(0, 1, 2 / HEAD_DIM))
+            return frequencies.cos().unsqueeze(1), frequencies.sin().unsqueeze(1)
+
+        def rotate(self, x, cos, sin):
+            a, b = x.chunk(2, -1)
+            return x * torch.cat([cos, cos], -1) + torch.cat([-b, a], -1) * torch.cat([sin, sin], -1)
+
+    return Separate(), arguments(), {}
+
+
+@case
+def gpt_j_partial() -> Case:
+    class GptJPartial(Prologue):
+        def angles(self, positions):
+            return tuple(part.unsqueeze(1) for part in self.cos_sin_cache[positions[0]].chunk(2, -1))
+
+        def rotate(self, x, cos, sin):
+            half = HEAD_DIM // 2
+            cos, sin = cos[..., : half // 2], sin[..., : half // 2]
+            a, b = x[..., :half:2], x[..., 1:half:2]
+            turned = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
+            return torch.cat([turned, x[..., half:]], -1)
+
+    return _plain(GptJPartial)
+
+
+@case
+def gemma() -> Case:
+    class Gemma(Prologue):
+        def norm(self, x, weight):
+            y = x.float()
+            return (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + EPS) * (1.0 + weight.float())).to(x.dtype)
+
+    return _plain(Gemma, torch.bfloat16)
+
+
+@case
+def no_norm() -> Case:
+    class NoNorm(Prologue):
+        def norm(self, x, weight):
+            return x
+
+    return _plain(NoNorm)
+
+
+@case
+def paged_by_block_and_offset() -> Case:
+    class Paged(Prologue):
+        def store(self, cache, slots, value):
+            cache[slots // 8, slots % 8] = value
+
+    return _plain(Paged, cache=(SLOTS // 8, 8, NUM_KV_HEADS, HEAD_DIM))
+
+
+@case
+def paged_heads_first_in_half() -> Case:
+    """Caches narrower than the model, slots counted from the end, a ring."""
+
+    class Ring(Prologue):
+        def store(self, cache, slots, value):
+            slots = slots * 5 % SLOTS
+            cache[slots // 8, :, slots % 8 - 8] = value.to(cache.dtype)
+
+    x, positions, slots, *caches = arguments(cache=(SLOTS // 8, NUM_KV_HEADS, 8, HEAD_DIM))
+    return Ring(), (x, positions, slots, *(cache.half() for cache in caches)), {}
+
+
+class PerSequence(Prologue):
+    """x [B, S, hidden], positions [3, B, S], slots [S], caches [B, Hk, S, D]; attends over the cache."""
+
+    def split(self, qkv):
+        sizes = [NUM_HEADS * HEAD_DIM, NUM_KV_HEADS * HEAD_DIM, NUM_KV_HEADS * HEAD_DIM]
+        return tuple(part.unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2) for part in qkv.split(sizes, -1))
+
+    def store(self, cache, slots, value):
+        cache[:, :, slots] = value
+
+    def consume(self, q, k, v, k_cache, v_cache):
+        out = F.scaled_dot_product_attention(q, k_cache, v_cache, enable_gqa=True)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+@case
+def per_sequence_cache() -> Case:
+    caches = torch.randn(2, 2, NUM_KV_HEADS, 32, HEAD_DIM)
+    positions = torch.randperm(40)[: 3 * 2 * 5].view(3, 2, 5)
+    return PerSequence(), (torch.randn(2, 5, HIDDEN), positions, torch.randperm(32)[:5], *caches), {}
+
+
+@case
+def key_returned() -> Case:
+    class KeyReturned(Prologue):
+        def norm(self, x, weight):
+            return F.rms_norm(x, (HEAD_DIM,), weight, EPS)
+
+        def consume(self, q, k, v, k_cache, v_cache):
+            return super().consume(q, k, v, k_cache, v_cache), k.clone(), v.clone()
+
+    return _plain(KeyReturned)
+
+
+@case
+def fresh_attention() -> Case:
+    class Fresh(Prologue):
+        def rotate(self, x, cos, sin):
+            return x * torch.cat([cos, cos], -1) + x.roll(HEAD_DIM // 2, -1) * torch.cat([-sin, sin], -1)
+
+        def consume(self, q, k, v, k_cache, v_cache):
+            q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            return self.o_proj(out.squeeze(0).transpose(0, 1).flatten(1))
+
+    return _plain(Fresh)
+
+
+def _transformers(family: str) -> Case:
+    """One layer of a real model, at a decode step after a prefill."""
+    run = Run(family)
+    inner = getattr(run.model, "model", run.model)
+    inner.layers = inner.layers[:1]
+    run.prefill()
+    tokens = torch.randint(1, VOCABULARY, (run.batch, 1), generator=torch.Generator().manual_seed(2))
+    return run.model, (), run.inputs(tokens)
+
+
+@case
+def qwen3_layer() -> Case:
+    return _transformers("qwen3")
+
+
+@case
+def qwen3_vl_layer() -> Case:
+    return _transformers("qwen3_vl_text")
