@@ -15,7 +15,7 @@ from fx_fusion.kernels.contract import Problem, mrope_section
 from fx_fusion.patterns import qk_norm_rope_cache as pattern
 from fx_fusion.patterns.qk_norm_rope_cache import Candidate, Match
 from fx_fusion.patterns.split import Heads
-from fx_fusion.placement import check_cache_address, check_convex, check_devices, check_old_cache
+from fx_fusion.placement import check_cache_address, check_convex, check_devices, check_old_cache, check_order
 from fx_fusion.region import strip_views
 from fx_fusion.sizes import same
 
@@ -37,13 +37,14 @@ class QkNormRopeCache:
         return _words(facts), facts, match.error, problem
 
     def check(self, facts: Facts, match: Match) -> None:
-        caches = [match.key_store.store.cache, match.value_store.store.cache]
-        writers = [match.key_store.store.writer, match.value_store.store.writer]
+        stores = [match.key_store.store, match.value_store.store]
+        caches = [store.cache for store in stores]
         check_devices([*match.operands, *caches])
         check_convex(facts, match.operands, match.results)
         for cache in dict.fromkeys(caches):
             check_cache_address(cache)
-            check_old_cache(facts, cache, writers, match.operands)
+        check_order(stores)
+        check_old_cache(facts, stores, match.operands)
 
     def rewrite(self, graph: Graph, match: Match, kernel: str) -> None:
         _rewrite.rewrite(graph, match, kernel)

@@ -12,7 +12,7 @@ from fx_fusion.kernels.tuned_file import Shape
 REFERENCE = Kernel("reference", unavailable=lambda target: None, refuses=lambda problem, target: None)
 
 #: In the order in which ``auto`` prefers them where nothing was measured. The reference is not among them: nothing
-#: about it is fast. Triton comes first: on an H200, aiter's geometry, ported, took 1.5 to 3.5 times as long at every
+#: about it is fast. Triton comes first: on an H200, aiter's geometry, ported, took 1.3 to 4 times as long at every
 #: number of tokens from 1 to 16384; and our call of aiter launches more kernels, for indices that count from the end.
 #: On AMD nothing was measured: ``python -m fx_fusion tune`` does, and what it finds goes before this order.
 FAST = (triton.KERNEL, aiter.KERNEL)

@@ -377,7 +377,14 @@ def _drop(graph: Graph, node: Node, chance: random.Random) -> str | None:
     return f"dropped, {operand} in its place"
 
 
-_BINARY = [aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.maximum.default, aten.minimum.default]
+_BINARY = [
+    aten.add.Tensor,
+    aten.sub.Tensor,
+    aten.mul.Tensor,
+    aten.div.Tensor,
+    aten.maximum.default,
+    aten.minimum.default,
+]
 _UNARY = [
     aten.rsqrt.default, aten.sqrt.default, aten.reciprocal.default, aten.cos.default, aten.sin.default,
     aten.neg.default, aten.abs.default, aten.square.default, aten.exp.default, aten.relu.default, aten.clone.default,

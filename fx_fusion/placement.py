@@ -10,6 +10,7 @@ from torch.fx import Node
 from fx_fusion import opset
 from fx_fusion.decline import Decline
 from fx_fusion.facts import Facts
+from fx_fusion.region import Store
 
 
 def check_devices(operands: Iterable[Node]) -> None:
@@ -32,21 +33,44 @@ def check_convex(facts: Facts, operands: Sequence[Node], results: Iterable[Node]
             )
 
 
-def check_old_cache(facts: Facts, cache: Node, writers: Sequence[Node], operands: Sequence[Node]) -> None:
-    """Whoever reads the cache from before the store must be ordered before the call, or the cache would be copied."""
-    for reader in _readers(facts, cache, writers):
-        if not any(facts.between(reader, [operand]) for operand in operands):
-            raise Decline("store.old_cache_read", f"{reader} reads {cache} as it was before the store", [reader])
+def check_old_cache(facts: Facts, stores: Sequence[Store], operands: Sequence[Node]) -> None:
+    """Whoever reads a cache from before the stores must be ordered before the call, or the cache would be copied.
+
+    The call stores keys and values at once, so nothing may read what there is between the two stores either.
+    """
+    afters = {store.after for store in stores}
+    for base in {store.base: None for store in stores if store.base not in afters}:
+        for reader in _readers(facts, base, stores):
+            if not any(facts.between(reader, [operand]) for operand in operands):
+                raise Decline("store.old_cache_read", f"{reader} reads {base} as it was before the store", [reader])
+    bases = {store.base for store in stores}
+    for between in [scatter for store in stores if store.after in bases for scatter in store.scatters]:
+        for reader in _readers(facts, between, stores):
+            raise Decline("store.old_cache_read", f"{reader} reads {between}, between the two stores", [reader])
 
 
-def _readers(facts: Facts, cache: Node, writers: Sequence[Node]) -> Iterable[Node]:
-    stack = [cache]
+def check_order(stores: Sequence[Store]) -> None:
+    """A call stores keys and values at once: nothing may have been stored in between."""
+    for cache in dict.fromkeys(store.cache for store in stores):
+        into = [store for store in stores if store.cache is cache]
+        if len({store.base for store in into} & {store.after for store in into}) != len(into) - 1:
+            found = f"between the stores of keys and of values, {cache} is stored into by others"
+            raise Decline("store.order", found, [store.writer for store in into])
+
+
+def _readers(facts: Facts, base: Node, stores: Sequence[Store]) -> Iterable[Node]:
+    """Who reads `base` through views, but for the stores themselves."""
+    writers = {store.writer for store in stores}
+    scatters = {scatter for store in stores for scatter in store.scatters}
+    stack = [base]
     while stack:
         node = stack.pop()
         for user in facts.users(node):
             if user.target in opset.VIEW:
                 stack.append(user)
-            elif not (user in writers and user.args[0] is node) and user.target is not opset.aten.copy_.default:
+            elif user in scatters or (user in writers and user.args[0] is node):
+                continue
+            elif user.target is not opset.aten.copy_.default:
                 yield user
 
 

@@ -28,8 +28,9 @@ NATIVE_TOLERANCE = {
     torch.float64: TOLERANCE,
 }
 
-#: Data scales in float64: around one, where eps dominates, and where it vanishes.
-SCALES = (1.0, 1e-4, 1e4)
+#: Scales of data and of operands in float64: around one, where eps dominates, and where it vanishes; zero, where a
+#: constant added on the way is all that is left, however small; and far out, where it is a term of higher order.
+SCALES = ((1.0, 1.0), (1e-4, 1.0), (1e4, 1.0), (0.0, 1.0), (1e15, 1e30))
 
 
 def prove(probe: Probe, reference: Reference, generator: torch.Generator) -> float:
@@ -39,9 +40,10 @@ def prove(probe: Probe, reference: Reference, generator: torch.Generator) -> flo
         Decline: ``proof.mismatch`` with the difference and the scale at which it showed.
     """
     worst = 0.0
-    for scale in SCALES:
+    for scale, leaf_scale in SCALES:
         data = scale * torch.randn(probe.tokens, probe.columns, generator=generator, dtype=torch.float64)
         leaves = _signed(probe.random_leaves(generator), generator)
+        leaves = {leaf: leaf_scale * value for leaf, value in leaves.items()}
         difference = relative_difference(probe.run(data, leaves), reference(data, leaves))
         if not difference < TOLERANCE:
             found = (

@@ -11,6 +11,7 @@ Words used throughout:
 from __future__ import annotations
 
 import heapq
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,22 +29,36 @@ from fx_fusion.sizes import Sizes
 
 @dataclass(frozen=True)
 class Store:
-    """``writer`` puts ``value`` into ``view``, a view of the graph input ``cache``, which is then updated in place."""
+    """``writer`` puts ``value`` into ``view``, a view of the graph input ``cache``, which is then updated in place.
+
+    Where the view is but a part of the cache (keys and values, or several layers, in one tensor), ``scatters`` put the
+    part back, the innermost first.
+    """
 
     cache: Node
     view: Node
     writer: Node
     value: Node
+    scatters: tuple[Node, ...] = ()
+
+    @property
+    def base(self) -> Node:
+        """The cache's value before this store: ``cache`` itself, or what an earlier store left."""
+        return strip_aliases(self.view)
+
+    @property
+    def after(self) -> Node:
+        """The cache's value after this store, as far as the graph names it."""
+        return self.scatters[-1] if self.scatters else self.writer
 
     @property
     def views(self) -> list[Node]:
-        """The steps from ``cache`` to ``view``."""
-        steps: list[Node] = []
-        node = self.view
-        while node is not self.cache:
-            steps.append(node)
-            node = _node(node.args[0])
-        return steps[::-1]
+        """The steps from ``base`` to ``view``."""
+        return alias_steps(self.base, self.view)
+
+    def part(self, scatter: Node) -> list[Node]:
+        """The steps from ``base`` to the part of it that `scatter` changes a part of."""
+        return alias_steps(self.base, _node(scatter.args[0]))
 
 
 @dataclass(frozen=True)
@@ -64,6 +79,8 @@ class Branch:
 
 
 WRITERS = frozenset({aten.index_put.default})
+#: What puts a part back, and the view that takes that part out.
+SCATTERS: dict[Any, Any] = {aten.select_scatter.default: aten.select.int, aten.slice_scatter.default: aten.slice.Tensor}
 
 
 def find_stores(facts: Facts) -> tuple[list[Store], list[Decline]]:
@@ -76,14 +93,43 @@ def find_stores(facts: Facts) -> tuple[list[Store], list[Decline]]:
         cache, final = _node(node.args[0]), _node(node.args[1])
         if not opset.is_float_tensor(cache):
             continue
-        writer = _strip_aliases(final)
-        base = _strip_aliases(writer.args[0]) if writer.target in WRITERS else None
-        if base is cache:
-            stores.append(Store(cache, _node(writer.args[0]), writer, _node(writer.args[2])))
+        chain = _stores_into(cache, final)
+        if isinstance(chain, list):
+            stores.extend(chain)
             continue
-        found = f"the input {cache} is mutated by {writer.target}, not by an index_put into a view of it"
-        declined.append(Decline("store.unknown_writer", found, [writer]))
+        found = f"the input {cache} is mutated by {chain.target}, not by an index_put into a view of it"
+        declined.append(Decline("store.unknown_writer", found, [chain]))
     return stores, declined
+
+
+def _stores_into(cache: Node, final: Node) -> list[Store] | Node:
+    """The stores that make `final` of `cache`, the first one first; or the step that is no store."""
+    found: list[Store] = []
+    node = strip_aliases(final)
+    while node is not cache:
+        store = _read_store(cache, node)
+        # Only a part of a cache may be stored into again: a second store into all of it is another layer's.
+        if store is None or (not store.scatters and store.base is not cache):
+            return node
+        found.append(store)
+        node = store.base
+    return found[::-1]
+
+
+def _read_store(cache: Node, node: Node) -> Store | None:
+    scatters: list[Node] = []
+    writer = node
+    while writer.target in SCATTERS:
+        scatters.append(writer)
+        writer = strip_aliases(writer.args[1])
+    if writer.target not in WRITERS:
+        return None
+    store = Store(cache, _node(writer.args[0]), writer, _node(writer.args[2]), tuple(scatters[::-1]))
+    if any(strip_aliases(scatter.args[0]) is not store.base for scatter in scatters):
+        return None
+    if scatters and scatters[0].args[0] is not store.base:
+        return None
+    return store
 
 
 def pair_stores(facts: Facts, stores: Sequence[Store]) -> tuple[list[tuple[Store, Store, Node]], list[Store]]:
@@ -214,10 +260,27 @@ def widens(node: Node) -> bool:
     return source.is_floating_point and torch.promote_types(source, target) == target
 
 
-def _strip_aliases(node: Any) -> Node:
-    while node.op == "call_function" and node.target in opset.VIEW:
+def strip_aliases(node: Any) -> Node:
+    """The value that `node` is a view of."""
+    while _is_alias(node):
         node = node.args[0]
     return node
+
+
+def _is_alias(node: Node) -> bool:
+    if node.op != "call_function" or node.target not in opset.VIEW:
+        return False
+    # One of several results is an alias only if they all are.
+    return node.target is not operator.getitem or _node(node.args[0]).target in opset.VIEW
+
+
+def alias_steps(base: Node, view: Node) -> list[Node]:
+    """The steps from `base` to `view`, an alias of it."""
+    steps: list[Node] = []
+    while view is not base:
+        steps.append(view)
+        view = _node(view.args[0])
+    return steps[::-1]
 
 
 def _node(value: Any) -> Node:

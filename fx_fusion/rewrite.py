@@ -21,6 +21,7 @@ from fx_fusion.patterns.mrope import Lanes
 from fx_fusion.patterns.qk_norm_rope_cache import Match, Stored
 from fx_fusion.patterns.rotated_heads import RotatedHeads
 from fx_fusion.patterns.split import Heads
+from fx_fusion.region import Store
 
 Grid = tuple[int | torch.SymInt, int | torch.SymInt]
 
@@ -28,19 +29,32 @@ Grid = tuple[int | torch.SymInt, int | torch.SymInt]
 def rewrite(graph: Graph, match: Match, kernel: str) -> None:
     """Replace what `match` found by one call of `kernel`. The graph is left unsorted: see :func:`finish`."""
     stores = (match.key_store, match.value_store)
-    k_cache, v_cache = (stored.store.cache for stored in stores)
+    k_cache, v_cache = _caches_before(*(stored.store for stored in stores))
     with graph.inserting_before(match.key_store.store.writer):
         emit = Emitter(graph, match.key.out)
         operands = _operands(emit, match)
         results = insert(emit, kernel, operands, k_cache, v_cache, _options(match), return_k=match.return_k)
         rotated_q = _as_result(emit, results.q, match.query.out, match.query_heads)
         rotated_k = results.k and _as_result(emit, results.k, match.key.out, match.key_heads)
-        written = [_replay_view(emit, stored, results.caches[stored.store.cache]) for stored in stores]
+        after = [results.caches[cache] for cache in (k_cache, v_cache)]
+        written: dict[Node, Node] = {}
+        for stored, cache in zip(stores, after, strict=True):
+            store = stored.store
+            written[store.writer] = _replay(emit, store.views, cache)
+            written |= {scatter: _replay(emit, store.part(scatter), cache) for scatter in store.scatters}
     match.query.out.replace_all_uses_with(rotated_q)
     if rotated_k is not None:
         match.key.out.replace_all_uses_with(rotated_k)
-    for stored, view in zip(stores, written, strict=True):
-        stored.store.writer.replace_all_uses_with(view)
+    for old, new in written.items():
+        old.replace_all_uses_with(new)
+
+
+def _caches_before(key: Store, value: Store) -> tuple[Node, Node]:
+    """The caches as they are before the call: of two stores into one cache, what the first one finds."""
+    if key.cache is not value.cache:
+        return key.base, value.base
+    base = value.base if key.base is value.after else key.base
+    return base, base
 
 
 def finish(graph: Graph) -> None:
@@ -164,8 +178,8 @@ def _as_result(emit: Emitter, heads: Node, old: Node, layout: RotatedHeads) -> N
     return emit.call(aten.reshape.default, heads, list(shape))
 
 
-def _replay_view(emit: Emitter, stored: Stored, cache: Node) -> Node:
-    """What the writer returned: the view that it wrote into, of the cache after the call."""
-    for view in stored.store.views:
+def _replay(emit: Emitter, steps: list[Node], cache: Node) -> Node:
+    """The same view of the cache after the call."""
+    for view in steps:
         cache = emit.call(view.target, cache, *view.args[1:], **view.kwargs)
     return cache

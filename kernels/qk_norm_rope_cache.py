@@ -348,7 +348,7 @@ def _float8(value, FORMAT: tl.constexpr, SATURATE: tl.constexpr):
 def _lane_mask(live, COUNT: tl.constexpr):
     """Whole rows where a power of two of lanes leaves none over: a mask on lanes costs instructions."""
     mask = live[:, None]
-    if COUNT != triton.next_power_of_2(COUNT):
+    if triton.next_power_of_2(COUNT) != COUNT:
         mask = mask & (tl.arange(0, triton.next_power_of_2(COUNT)) < COUNT)[None, :]
     return mask
 
@@ -358,7 +358,7 @@ def _load_lanes(rows, live, START: tl.constexpr, COUNT: tl.constexpr, stride):
     """Lanes START … START + COUNT of each row, [TOKENS, next power of two], 0 beyond; rows not live are undefined."""
     lane = tl.arange(0, triton.next_power_of_2(COUNT))
     pointers = rows[:, None] + ((START + lane) * stride)[None, :]
-    if COUNT != triton.next_power_of_2(COUNT):
+    if triton.next_power_of_2(COUNT) != COUNT:
         lanes = tl.load(pointers, mask=_lane_mask(live, COUNT), other=0.0)
     else:
         lanes = tl.load(pointers, mask=_lane_mask(live, COUNT))

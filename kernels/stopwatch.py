@@ -27,10 +27,8 @@ def microseconds(call: Callable[[int], object], count: int, device: torch.device
 
 
 def _capture(call: Callable[[int], object], count: int) -> torch.cuda.CUDAGraph:
-    # What is compiled or allocated at a first call may not be captured.
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        call(0)
+    # A first call compiles and checks, which may not be captured.
+    call(0)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

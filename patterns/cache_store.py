@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from torch.fx import Node
+from torch.utils import _pytree as pytree
 
 from fx_fusion import opset
 from fx_fusion.decline import Decline
 from fx_fusion.evaluate import Arithmetic, evaluate
 from fx_fusion.facts import Facts
 from fx_fusion.patterns.split import Heads
-from fx_fusion.region import Store
+from fx_fusion.region import SCATTERS, Store, alias_steps
 from fx_fusion.sizes import Sizes, same
 
 Size = int | torch.SymInt
@@ -97,7 +98,7 @@ def read_addresses(
     return Addresses(
         size=(block_size, view.shape[slot_dim], heads.num_heads, heads.head_dim),
         stride=(block_stride, view.stride(slot_dim), strides.get("head", heads.head_dim * lane_stride), lane_stride),
-        offset=view.storage_offset() - store.cache.meta["val"].storage_offset(),
+        offset=view.storage_offset() - store.base.meta["val"].storage_offset(),
         slots=Index(facts.canonical(slots.node), slots.per_batch),
         blocks=blocks and Index(facts.canonical(blocks.node), blocks.per_batch),
     )
@@ -112,33 +113,52 @@ def _check_writer(store: Store) -> None:
 
 
 def _check_view(store: Store, sizes: Sizes) -> None:
-    """Replay the view of the cache on strides alone: a reshape that would copy has no address to write to."""
-    base: torch.Tensor = store.cache.meta["val"]
+    """Replay the views of the cache on strides alone: a reshape that would copy has no address to write to, and what a
+    scatter puts back must be the part that was taken out.
+    """
+    base: torch.Tensor = store.base.meta["val"]
     strides = [sizes.concrete(stride) for stride in base.stride()]
-    value: Any = torch.empty_strided(sizes.shape(base), strides, device="meta")
-    for node in store.views:
-        target = opset.aten.view.default if node.target is opset.aten.reshape.default else node.target
-        args = [sizes.value(a) if isinstance(a, Node) else a for a in _flat(node.args[1:])]
-        try:
-            value = target(value, *_unflat(node.args[1:], args))  # type: ignore[operator]
-        except RuntimeError as error:
-            raise Decline("store.cache_not_viewable", f"{node} copies the cache: {error}", [node]) from error
+    whole = torch.empty_strided(sizes.shape(base), strides, device="meta")
+    view = _replay(whole, store.views, sizes)
     expected = [sizes.concrete(stride) for stride in store.view.meta["val"].stride()]
-    if list(value.stride()) != expected:
+    if list(view.stride()) != expected:
         raise Decline(
             "store.cache_not_viewable",
-            f"{store.view} has strides {expected} but the cache gives {list(value.stride())}",
+            f"{store.view} has strides {expected} but the cache gives {list(view.stride())}",
             [store.view],
         )
+    part, node = view, store.writer
+    for scatter in store.scatters:
+        put_back = _replay(part, alias_steps(node, scatter.args[1]), sizes)
+        part, node = _replay(whole, store.part(scatter), sizes), scatter
+        taken: torch.Tensor = SCATTERS[scatter.target](part, *_concrete(scatter.args[2:], sizes))
+        places = [(each.shape, each.stride(), each.storage_offset()) for each in (taken, put_back)]
+        if places[0] != places[1]:
+            found = f"{scatter} puts back another part of the cache than {store.view} is"
+            raise Decline("store.cache_not_viewable", found, [scatter])
+
+
+def _replay(value: Any, steps: list[Node], sizes: Sizes) -> Any:
+    for node in steps:
+        target: Any = opset.aten.view.default if node.target is opset.aten.reshape.default else node.target
+        try:
+            value = target(value, *_concrete(node.args[1:], sizes))
+        except RuntimeError as error:
+            raise Decline("store.cache_not_viewable", f"{node} copies the cache: {error}", [node]) from error
+    return value
+
+
+def _concrete(args: Any, sizes: Sizes) -> Any:
+    return _unflat(args, [sizes.value(a) if isinstance(a, Node) else a for a in _flat(args)])
 
 
 def _flat(args: Any) -> list[Any]:
-    return torch.utils._pytree.tree_leaves(args, is_leaf=lambda a: isinstance(a, Node))
+    return pytree.tree_leaves(args, is_leaf=lambda a: isinstance(a, Node))
 
 
 def _unflat(args: Any, values: list[Any]) -> Any:
-    spec = torch.utils._pytree.tree_structure(args, is_leaf=lambda a: isinstance(a, Node))
-    return torch.utils._pytree.tree_unflatten(values, spec)
+    spec = pytree.tree_structure(args, is_leaf=lambda a: isinstance(a, Node))
+    return pytree.tree_unflatten(values, spec)
 
 
 def _check_complete(store: Store, elements: torch.Tensor, heads: Heads, grid: tuple[int, int]) -> None:

@@ -11,7 +11,8 @@ from fx_fusion.decline import CODES, STAGES, Decline, source_line
 from fx_fusion.evaluate import Arithmetic, evaluate
 from fx_fusion.facts import Facts
 from fx_fusion.opset import aten, prims
-from fx_fusion.placement import check_cache_address, check_convex, check_devices, check_old_cache
+from fx_fusion.placement import check_cache_address, check_convex, check_devices, check_old_cache, check_order
+from fx_fusion.region import Store
 from fx_fusion.sizes import Sizes
 
 
@@ -144,20 +145,42 @@ def test_a_cache_must_be_an_input():
     assert declined.value.code == "placement.cache"
 
 
-def test_a_reader_ordered_before_the_call_is_fine():
+def cache_with_a_store(late_reader):
     build = Builder()
     cache, slots = build.input("cache", 4, 2), build.input("slots", 1, dtype=torch.int64)
-    read = build(aten.select.int, cache, 0, 0)
-    operand = build(aten.mul.Tensor, read, 2.0)
-    late = build(aten.sum.default, cache)
-    build.graph.output((operand, slots, late))
-    facts = Facts(build.graph)
+    operand = build(aten.mul.Tensor, build(aten.select.int, cache, 0, 0), 2.0)
+    written = build(aten.index_put.default, cache, [slots], operand)
+    late = [build(aten.sum.default, cache)] if late_reader else []
+    build.graph.output((operand, written, *late))
+    return Facts(build.graph), Store(cache, cache, written, operand), operand
+
+
+def test_a_reader_ordered_before_the_call_is_fine():
+    facts, store, operand = cache_with_a_store(late_reader=False)
+    check_old_cache(facts, [store], [operand])
+
+
+def test_a_reader_of_the_old_cache_after_the_call_is_declined():
+    facts, store, operand = cache_with_a_store(late_reader=True)
     with pytest.raises(Decline, match="reads cache as it was before the store"):
-        check_old_cache(facts, cache, [], [operand])
-    build.graph.erase_node(build.graph.output_node())
-    build.graph.erase_node(late)
-    build.graph.output((operand, slots))
-    check_old_cache(Facts(build.graph), cache, [], [operand])
+        check_old_cache(facts, [store], [operand])
+
+
+def test_a_store_between_those_of_keys_and_values_is_declined():
+    build = Builder()
+    cache, slots = build.input("cache", 3, 4, 2), build.input("slots", 1, dtype=torch.int64)
+    value = build.input("value", 1, 2)
+    stores, base = [], cache
+    for part in range(3):
+        view = build(aten.select.int, base, 0, part)
+        writer = build(aten.index_put.default, view, [slots], value)
+        base = build(aten.select_scatter.default, base, writer, 0, part)
+        stores.append(Store(cache, view, writer, value, (base,)))
+    check_order(stores[:2])
+    check_order(stores[1:])
+    with pytest.raises(Decline) as declined:
+        check_order([stores[0], stores[2]])
+    assert declined.value.code == "store.order"
 
 
 def test_every_code_has_a_stage_and_a_meaning():

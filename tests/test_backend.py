@@ -132,7 +132,7 @@ def test_auto_rewrites_nothing_on_a_cpu_and_says_so():
     ("options", "message"),
     [
         ({"fx_fusion.kernle": "auto"}, "unknown option 'fx_fusion.kernle'; fx_fusion's options are fx_fusion.kernel"),
-        ({"fx_fusion.kernel": "cutlass"}, "fx_fusion.kernel must be one of 'auto', 'aiter', 'triton', 'reference'"),
+        ({"fx_fusion.kernel": "cutlass"}, "fx_fusion.kernel must be one of 'auto', 'triton', 'aiter', 'reference'"),
         ({"fx_fusion.require": "all"}, "fx_fusion.require must be an integer of at least 0, got 'all'"),
         ({"fx_fusion.require": True}, "fx_fusion.require must be an integer"),
         ({"fx_fusion.strict": 1}, "fx_fusion.strict must be True or False, got 1"),
@@ -183,7 +183,7 @@ def test_environment_chooses_the_kernel(monkeypatch):
 
 def test_environment_with_an_unknown_kernel(monkeypatch):
     monkeypatch.setenv("FX_FUSION_KERNEL", "cutlass")
-    with pytest.raises(BackendCompilerFailed, match="environment variable FX_FUSION_KERNEL must be one of auto, aiter"):
+    with pytest.raises(BackendCompilerFailed, match="FX_FUSION_KERNEL must be one of auto, triton"):
         compile_and_run(Prologue(), arguments())
 
 

@@ -127,6 +127,13 @@ class WithFurtherColumns(Prologue):
         return super().split(qkv[:, : (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM])
 
 
+class Given(Prologue):
+    """The projection is an argument."""
+
+    def project(self, x):
+        return x
+
+
 def test_the_number_of_tokens(problems):
     assert_fuses(Prologue(), arguments(5), count=1)
     assert problems[0].num_tokens == 5
@@ -153,6 +160,14 @@ def test_the_block_size(problems):
 def test_columns_that_no_head_has(problems):
     assert_fuses(WithFurtherColumns(), arguments(), count=1)
     assert not problems[0].packed_qkv
+
+
+def test_a_projection_that_lies_in_a_wider_tensor(problems):
+    _, *others = arguments()
+    wide = torch.randn(5, 2, (NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM)
+    for projection in (wide[:, 0], wide[:, 0].contiguous()):
+        assert_fuses(Given(), (projection, *others), count=1)
+    assert [problem.packed_qkv for problem in problems] == [False, True]
 
 
 @pytest.mark.parametrize(

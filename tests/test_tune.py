@@ -189,3 +189,14 @@ def test_as_a_process():
 def test_a_table_without_rich():
     text = terminal.plain_table("times", ("tokens", "us"), [("1", "2.50"), ("16384", "3")])
     assert text == "times\ntokens  us\n1       2.50\n16384   3"
+
+
+@pytest.mark.gpu
+def test_on_a_device(tmp_path, monkeypatch):
+    """What is written there is what a launch there takes."""
+    path = tmp_path / "gpu.json"
+    assert main(["tune", "--tokens", "1,64", "--quick", "--output", str(path)]) == 0
+    monkeypatch.setenv("FX_FUSION_TUNED", str(path))
+    gpu = torch.device("cuda")
+    for count in (1, 64):
+        assert tuned.timing(SHAPE, count, gpu) == from_json(path.read_text()).at(SHAPE, count) is not None

@@ -3,9 +3,9 @@
     python examples/benchmarks/decode_step.py [--batch 1,8,32,128] [--context 1024] [--layers 36] [--output FOLDER]
 
 The model is examples/qwen3_vl_serving.py at the sizes of Qwen3-VL-8B's text model, in bfloat16, with random weights.
-Every sequence decodes its `context`-th token. Both variants are the same module, compiled for the very batch size; their
-repeats take turns, so that neither has the warmer GPU. A repeat is the mean of several steps; shown are the median over
-repeats and, in brackets, the distance between the quartiles.
+Every sequence decodes its `context`-th token. Both variants are the same module, compiled for the very batch size; they
+take turns, so that neither has the warmer GPU. A repeat is the mean of several steps; shown are the median over repeats
+and, in brackets, the distance between the quartiles.
 
 What to make of the result: that model's attention gathers its pages in plain PyTorch, and may give every query head a
 copy of them, where no fused attention takes a mask and grouped heads. A serving engine does neither. At a large batch
@@ -250,7 +250,7 @@ def markdown(record: dict[str, Any]) -> str:
         "",
         f"{machine['device']}, {versions}, {record['date']}. {model}, kernel={setup['kernel']}.",
         "",
-        "`python examples/benchmarks/decode_step.py`, whose head says what is measured, and what its attention makes of it.",
+        "`python examples/benchmarks/decode_step.py`: its head says what is measured, and what to make of it.",
         "",
         "| batch | ms stock | ms fused | gain | tokens/s stock | tokens/s fused | kernels stock | kernels fused |",
         "|---|---|---|---|---|---|---|---|",

@@ -103,3 +103,21 @@ def test_a_typical_problem_is_one_that_every_kernel_serves(shape, count):
     options = {name: value for name, value in typical.options.items() if name != "return_k"}
     for tile in candidates(shape.num_kv_heads, shape.head_dim, 64):
         assert triton.plan(*typical.operands, **options, tile=tile).programs > 0
+
+
+# --- on a device ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+def test_more_tokens_take_longer():
+    gpu = torch.device("cuda")
+    few, many = (Bench(LARGE, count, gpu).triton(triton.choose_tile(count, 32, 8, 128)) for count in (1, 8192))
+    assert 0.2 < few < many < 10_000
+
+
+@pytest.mark.gpu
+def test_every_candidate_is_right_on_this_device():
+    gpu = torch.device("cuda")
+    small = Bench(LARGE, 33, gpu)
+    for tile in candidates(8, 128, triton.wave_size_of(gpu)):
+        assert small.triton(tile) > 0, tile

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 from torch.utils import _pytree as pytree
 
-from fx_fusion.mutants import Mutant, copies
+from fx_fusion.mutants import Mutant, copies, region
 
 Poke = Callable[[Tensor], Tensor]
 
@@ -33,11 +34,28 @@ def trials(mutant: Mutant, count: int, seed: int) -> Iterator[Trial]:
     """The inputs as captured, then `count` others, drawn at random among all that there are."""
     chance = random.Random(seed)
     yield Trial("as captured", copies(mutant.inputs))
-    places: list[Any] = [i for i, value in enumerate(mutant.inputs) if isinstance(value, Tensor)]
+    places = _sources(mutant)
     for _ in range(count):
         # Half of them change the projections' results, where most of the region's behaviour is.
         place = chance.choice(mutant.projections if chance.random() < 0.5 else places)
         yield _trial(mutant, place, chance)
+
+
+def _sources(mutant: Mutant) -> list[int]:
+    """The graph inputs that the region depends on, by position.
+
+    Weights of what comes after it are left alone: chosen badly they cancel, and magnify what is mere rounding.
+    """
+    inside, projections = region(mutant.module.graph)
+    above: set[Node] = set()
+    stack = [*inside, *projections]
+    while stack:
+        node = stack.pop()
+        if node not in above:
+            above.add(node)
+            stack.extend(node.all_input_nodes)
+    placeholders = [node for node in mutant.module.graph.nodes if node.op == "placeholder"]
+    return [i for i, node in enumerate(placeholders) if node in above and isinstance(mutant.inputs[i], Tensor)]
 
 
 def _trial(mutant: Mutant, place: Any, chance: random.Random) -> Trial:
@@ -131,7 +149,8 @@ def _landmarks(mutant: Mutant) -> list[int]:
     numbers = {leaf for n in graph.nodes for leaf in pytree.tree_leaves((n.args, n.kwargs)) if type(leaf) is int}
     shapes: Sequence[tuple[int, ...]] = [tuple(v.shape) for v in mutant.inputs if isinstance(v, Tensor)]
     sizes = {size for shape in shapes for size in shape} | {s[0] * s[1] for s in shapes if len(s) > 1}
-    return sorted({n + d for n in numbers | sizes | {0} for d in (-1, 0, 1)} | {-n for n in sizes})
+    small = {n for n in numbers | sizes | {0} if abs(n) < 1 << 20}
+    return sorted({n + d for n in small for d in (-1, 0, 1)} | {-n for n in sizes})
 
 
 def _index_change(value: Tensor, landmarks: Sequence[int], chance: random.Random) -> tuple[str, Tensor]:

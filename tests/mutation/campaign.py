@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 
 from fx_fusion.dispatch import KernelUnavailable
-from fx_fusion.mutants import Mutants, rewritten
+from fx_fusion.mutants import Mutant, Mutants, rewritten
+from fx_fusion.report import FusionReport
 from mutation.corpus import CASES
 from mutation.oracle import Wrong, judge
+
+
+@dataclass(frozen=True)
+class Fate:
+    """What became of a mutant: refused with a code, or rewritten, and then right unless `wrong`."""
+
+    mutant: Mutant
+    code: str | None
+    wrong: Wrong | None = None
 
 
 @dataclass
@@ -26,33 +36,43 @@ class Tally:
     wrong: list[tuple[str, Wrong]] = field(default_factory=list)
 
 
-def run(count: int, seed: int, *, trials: int, cases: Iterable[str] = tuple(CASES)) -> list[Tally]:
-    """`count` mutants of each case; a rewritten one is tried on `trials` boundary inputs."""
-    return [_run_case(name, count, seed, trials) for name in cases]
-
-
-def _run_case(name: str, count: int, seed: int, trials: int) -> Tally:
+def mutants_of(name: str, count: int, seed: int) -> Mutants:
     torch.manual_seed(0)
-    tally = Tally(name)
     fn, args, kwargs = CASES[name]()
-    mutants = Mutants.of(fn, args, kwargs, count=count, seed=seed)
-    for mutant in mutants:
-        tally.mutants += 1
+    return Mutants.of(fn, args, kwargs, count=count, seed=seed)
+
+
+def fates(mutants: Mutants, trials: int) -> Iterator[Fate]:
+    """Each mutant's; a rewritten one is tried on `trials` boundary inputs."""
+    for number, mutant in enumerate(mutants):
         try:
             fused, report = rewritten(mutant)
         except KernelUnavailable:
-            tally.refused["contract.kernel"] += 1
+            yield Fate(mutant, "contract.kernel")
             continue
         if not report.fused:
-            tally.refused[next((str(layer.code) for layer in report.layers), "nothing found")] += 1
+            yield Fate(mutant, _code(report))
             continue
-        wrong = judge(mutant, fused, count=trials, seed=tally.mutants)
-        if wrong is None:
-            tally.right += 1
+        yield Fate(mutant, None, judge(mutant, fused, count=trials, seed=number))
+
+
+def run(name: str, count: int, seed: int, *, trials: int) -> Tally:
+    mutants = mutants_of(name, count, seed)
+    tally = Tally(name)
+    for fate in fates(mutants, trials):
+        tally.mutants += 1
+        if fate.code is not None:
+            tally.refused[fate.code] += 1
+        elif fate.wrong is not None:
+            tally.wrong.append((fate.mutant.description, fate.wrong))
         else:
-            tally.wrong.append((mutant.description, wrong))
+            tally.right += 1
     tally.discarded = mutants.discarded
     return tally
+
+
+def _code(report: FusionReport) -> str:
+    return str(report.layers[0].code)
 
 
 def markdown(tallies: list[Tally], command: str) -> str:
@@ -62,22 +82,20 @@ def markdown(tallies: list[Tally], command: str) -> str:
         "",
         "One constant, operand or operation of a fused region is changed at random. The pass must refuse the mutant, or",
         "rewrite it into what the mutant itself computes: judged by the mutant, run unfused in eager PyTorch, on boundary",
-        "inputs (zeros of both signs, one-hot, tiny and huge rows, infinities, NaN, first, last and negative indices).",
-        f"`{command}` wrote this page.",
+        "inputs (zeros of both signs, one-hot, tiny and huge rows, infinities, NaN; first, last and negative indices).",
+        "Mutants that do not trace or do not run are discarded. This page was written by",
+        "",
+        f"    {command}",
         "",
         "| region | mutants | refused | rewritten, right | rewritten, **wrong** | discarded |",
         "|---|---|---|---|---|---|",
     ]
-    for t in tallies:
-        lines.append(f"| {t.name} | {t.mutants} | {t.refused.total()} | {t.right} | {len(t.wrong)} | {t.discarded} |")
-    sums = [sum(column) for column in zip(*((t.mutants, t.refused.total(), t.right, len(t.wrong), t.discarded)
-                                            for t in tallies), strict=True)]  # fmt: skip
-    lines += [f"| **all** | {' | '.join(map(str, sums))} |", "", "Discarded mutants do not trace or do not run.", ""]
+    counts = [[t.mutants, t.refused.total(), t.right, len(t.wrong), t.discarded] for t in tallies]
+    rows = [(t.name, *numbers) for t, numbers in zip(tallies, counts, strict=True)]
+    rows.append(("**all**", *map(sum, zip(*counts, strict=True))))
+    lines += [f"| {' | '.join(map(str, row))} |" for row in rows]
     refused = sum((t.refused for t in tallies), Counter[str]())
-    lines += ["| refused with | mutants |", "|---|---|"]
+    lines += ["", "| refused with | mutants |", "|---|---|"]
     lines += [f"| `{code}` | {number} |" for code, number in refused.most_common()]
-    wrong = [(t.name, description, what) for t in tallies for description, what in t.wrong]
-    if wrong:
-        lines += ["", "Wrong:", ""]
-        lines += [f"* {name}: {description}; {what.trial}: {what.what}" for name, description, what in wrong]
-    return "\n".join(lines) + "\n"
+    wrong = [f"* {t.name}: {what}; {how.trial}: {how.what}" for t in tallies for what, how in t.wrong]
+    return "\n".join([*lines, *(["", "Wrong:", "", *wrong] if wrong else [])]) + "\n"

@@ -194,3 +194,20 @@ def qwen3_layer() -> Case:
 @case
 def qwen3_vl_layer() -> Case:
     return _transformers("qwen3_vl_text")
+
+
+@case
+def two_layers() -> Case:
+    """Equal layers are measured once: a mutant of one must not be taken for the other."""
+
+    class TwoLayers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = Prologue(), Prologue()
+            self.second.cos_sin_cache = self.first.cos_sin_cache
+
+        def forward(self, x, positions, slots, *caches):
+            x = x + self.first(x, positions, slots, *caches[:2])
+            return x + self.second(x, positions, slots, *caches[2:])
+
+    return TwoLayers(), (*arguments(), *arguments()[3:]), {}

@@ -2,18 +2,20 @@
 
 The two may round differently. So both are held against a third run, of the unfused mutant in float64: the fused error may
 exceed the unfused one by rounding alone. Where the unfused run overflows, the fused one may be finite (its intermediates
-are float32), never the reverse.
+are float32), never the reverse; where float64 overflows too, the fused row must show it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import contextlib
+import copy
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter
+from torch.fx import Graph, GraphModule
 from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
@@ -37,75 +39,135 @@ class Wrong:
 
 def judge(mutant: Mutant, fused: GraphModule, *, count: int, seed: int) -> Wrong | None:
     """None if `fused` computes what `mutant` does, on its own inputs and on `count` boundary inputs."""
+    judges = _Judge.of(mutant, fused)
     for trial in trials(mutant, count, seed):
-        what = _compare(mutant.module, fused, trial)
+        what = judges.compare(trial)
         if what is not None:
             return Wrong(trial.name, what)
     return None
 
 
-def _compare(unfused: GraphModule, fused: GraphModule, trial: Trial) -> str | None:
-    try:
-        expected = run(unfused, trial.inputs, trial.pokes)
-    except Exception:  # no valid input for this mutant: an index beyond its table
+@dataclass(frozen=True)
+class _Judge:
+    unfused: Runnable
+    fused: Runnable
+    exact: Runnable
+
+    @staticmethod
+    def of(mutant: Mutant, fused: GraphModule) -> _Judge:
+        names = mutant.projections
+        exact = Runnable(mutant.module, names, double=True)
+        return _Judge(Runnable(mutant.module, names), Runnable(fused, names), exact)
+
+    def compare(self, trial: Trial) -> str | None:
+        data: dict[str, Tensor] = {}
+        try:
+            expected = self.unfused(trial, data)
+        except Exception:  # no valid input for this mutant: an index beyond its table
+            return None
+        try:
+            actual = self.fused(trial)
+        except Exception as error:
+            return f"raises {type(error).__name__}: {error}, which the mutant does not"
+        if all(_alike(a, e) for a, e in zip(actual, expected, strict=True)):
+            return None
+        exact = self._exact(trial, data) or [None] * len(expected)
+        for i, triple in enumerate(zip(actual, expected, exact, strict=True)):
+            what = _difference(*triple)
+            if what is not None:
+                return f"value {i}: {what}"
         return None
-    try:
-        actual = run(fused, trial.inputs, trial.pokes)
-    except Exception as error:
-        return f"raises {type(error).__name__}: {error}, which the mutant does not"
-    if all(_alike(a, e) for a, e in zip(actual, expected, strict=True)):
-        return None
-    exact = _exact(unfused, trial) or [None] * len(expected)
-    for i, triple in enumerate(zip(actual, expected, exact, strict=True)):
-        what = _difference(*triple)
-        if what is not None:
-            return f"value {i}: {what}"
-    return None
+
+    def _exact(self, trial: Trial, data: Mapping[str, Tensor]) -> list[Any] | None:
+        """From the same data on: the projections' own rounding is no error of either run."""
+        pokes = {name: _constant(value.double()) for name, value in data.items()}
+        try:
+            return self.exact(replace(trial, pokes=pokes))
+        except Exception:
+            return None
 
 
-def run(module: GraphModule, inputs: Sequence[Any], pokes: Mapping[str, Poke], *, double: bool = False) -> list[Any]:
-    """Every output, then every input as it is afterwards."""
-    inputs = copies(inputs)
-    if double:
-        inputs = [_widened(value) for value in inputs]
-    with torch.no_grad():
-        outputs = _Run(module, pokes, double).run(*inputs)
-    return [leaf for leaf in pytree.tree_leaves((outputs, inputs)) if isinstance(leaf, Tensor)]
+class Runnable:
+    """A graph, with what a trial pokes into the values of some nodes; `double` raises every float to float64."""
 
+    def __init__(self, module: GraphModule, names: Sequence[str], *, double: bool = False) -> None:
+        graph = copy.deepcopy(module.graph)
+        self._names, self._double = tuple(names), double
+        for name in names:
+            _add_poke(graph, name)
+        if double:
+            _raise_dtypes(graph)
+        self._module = GraphModule(module, graph)
 
-class _Run(Interpreter):
-    def __init__(self, module: GraphModule, pokes: Mapping[str, Poke], double: bool) -> None:
-        super().__init__(module)
-        self._pokes, self._double = pokes, double
-
-    def run_node(self, n: torch.fx.Node) -> Any:
-        result = super().run_node(n)
-        return self._pokes[n.name](result) if n.name in self._pokes else result
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+    def __call__(self, trial: Trial, record: dict[str, Tensor] | None = None) -> list[Any]:
+        """Every output, then every input as it is afterwards; `record` gets the values poked into, as poked."""
+        inputs = copies(trial.inputs)
         if self._double:
-            args, kwargs = map_aggregate((args, kwargs), lambda a: torch.float64 if a in _NARROW_DTYPES(a) else a)
-        result = super().call_function(target, args, kwargs)
-        return pytree.tree_map(_widened, result) if self._double else result
+            inputs = [_widened(value) for value in inputs]
+        pokes = [trial.pokes.get(name, _untouched) for name in self._names]
+        if record is not None:
+            pokes = [_recording(poke, name, record) for name, poke in zip(self._names, pokes, strict=True)]
+        with torch.no_grad(), _default_dtype(torch.float64 if self._double else torch.float32):
+            outputs = self._module(*inputs, *pokes)
+        return [leaf for leaf in pytree.tree_leaves((outputs, inputs)) if isinstance(leaf, Tensor)]
 
-    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        result = super().get_attr(target, args, kwargs)
-        return _widened(result) if self._double else result
+
+def _add_poke(graph: Graph, name: str) -> None:
+    """A further graph input, which is a function: what the node `name` holds goes through it."""
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    with graph.inserting_after(placeholders[-1]):
+        poke = graph.placeholder(f"poke_{name}")
+    node = next((node for node in graph.nodes if node.name == name), None)
+    if node is None:  # dead: nothing reads it
+        return
+    with graph.inserting_after(node):
+        poked = graph.call_function(_poke, (poke, node))
+    node.replace_all_uses_with(poked, delete_user_cb=lambda user: user is not poked)
 
 
-def _NARROW_DTYPES(value: Any) -> tuple[torch.dtype, ...]:
-    return _NARROW if isinstance(value, torch.dtype) else ()
+def _poke(function: Poke, value: Tensor) -> Tensor:
+    return function(value)
+
+
+def _recording(poke: Poke, name: str, record: dict[str, Tensor]) -> Poke:
+    def recording(value: Tensor) -> Tensor:
+        record[name] = poke(value)
+        return record[name]
+
+    return recording
+
+
+def _constant(value: Tensor) -> Poke:
+    return lambda _: value
+
+
+def _untouched(value: Tensor) -> Tensor:
+    return value
+
+
+def _raise_dtypes(graph: Graph) -> None:
+    for node in graph.nodes:
+        args, kwargs = map_aggregate((node.args, node.kwargs), _raised)
+        node.args, node.kwargs = args, kwargs
+
+
+def _raised(value: Any) -> Any:
+    return torch.float64 if isinstance(value, torch.dtype) and value in _NARROW else value
 
 
 def _widened(value: Any) -> Any:
     return value.double() if isinstance(value, Tensor) and value.dtype in _NARROW else value
 
 
-def _exact(unfused: GraphModule, trial: Trial) -> list[Any] | None:
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Generator[None]:
+    """Integers become floats of this dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
     try:
-        return run(unfused, trial.inputs, trial.pokes, double=True)
-    except Exception:
-        return None
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _alike(actual: Tensor, expected: Tensor) -> bool:
@@ -130,14 +192,23 @@ def _difference(actual: Tensor, expected: Tensor, exact: Tensor | None) -> str |
     allowed = UNITS * torch.finfo(expected.dtype).eps * _row_scale(x) + FACTOR * _row_scale(own)
     allowed = allowed + torch.finfo(expected.dtype).tiny
     right = (a - x).abs() <= allowed
-    overflowed = ~e.isfinite()
-    right |= overflowed & ~a.isfinite()
+    right |= ~e.isfinite() & _shows_poison(a)
     if bool(right.all()):
         return None
     at = int((~right).reshape(-1).int().argmax())
     value, want, best = (t.reshape(-1)[at].item() for t in (a, e, x))
     where = torch.unravel_index(torch.tensor(at), a.shape)
     return f"{value!r} at {[int(i) for i in where]}, the mutant gives {want!r} ({best!r} in float64)"
+
+
+def _shows_poison(actual: Tensor) -> Tensor:
+    """Is there an infinity or a NaN in the element's row?
+
+    What a norm makes of an infinity is NaN in one lane and zero in the others, or NaN in all, as it is spelled
+    (``x + 0 * x`` is ``x`` for numbers only). That the head is spoilt must show; in how many lanes is nobody's promise.
+    """
+    spoilt = ~actual.isfinite()
+    return spoilt.any(-1, keepdim=True).expand(actual.shape) if actual.dim() else spoilt
 
 
 def _row_scale(value: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "tests")]
 
+import torch  # noqa: E402
+
 from mutation import campaign  # noqa: E402
 from mutation.corpus import CASES  # noqa: E402
 
@@ -24,9 +26,10 @@ def main() -> int:
     parser.add_argument("--case", choices=CASES, action="append", help="only this region")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "mutation.md")
     given = parser.parse_args()
+    torch.set_num_threads(1)  # the tensors are small
     tallies = []
     for name in given.case or CASES:
-        tallies += campaign.run(given.count, given.seed, trials=given.trials, cases=[name])
+        tallies.append(campaign.run(name, given.count, given.seed, trials=given.trials))
         tally = tallies[-1]
         print(f"{name}: {tally.mutants} mutants, {tally.right} right, {len(tally.wrong)} wrong", flush=True)
         for description, wrong in tally.wrong:

@@ -187,3 +187,139 @@ def test_declines_a_mask_as_index():
     x, positions, _, *_ = arguments(tokens=5)
     k_cache, v_cache = torch.randn(2, 5, NUM_KV_HEADS, HEAD_DIM)
     assert_declines(Masked(), (x, positions, torch.arange(5), k_cache, v_cache), code="store.index")
+
+
+# --- keys and values in one tensor --------------------------------------------------------------------------------
+
+
+class OneTensor(Prologue):
+    """One input holds both caches; `parts` takes them out."""
+
+    def forward(self, x, positions, slots, kv_cache):
+        return super().forward(x, positions, slots, *self.parts(kv_cache))
+
+    def parts(self, kv_cache):
+        raise NotImplementedError
+
+
+class FirstDimension(OneTensor):
+    """[2, blocks, block_size, Hk, D], a slot"""
+
+    shape = (2, PAGES, BLOCK, NUM_KV_HEADS, HEAD_DIM)
+
+    def parts(self, kv_cache):
+        return kv_cache.unbind(0)
+
+    def store(self, cache, slots, value):
+        cache.view(-1, NUM_KV_HEADS, HEAD_DIM)[slots] = value
+
+
+class SecondDimension(OneTensor):
+    """[blocks, 2, block_size, Hk, D], a block and an offset"""
+
+    shape = (PAGES, 2, BLOCK, NUM_KV_HEADS, HEAD_DIM)
+
+    def parts(self, kv_cache):
+        return kv_cache[:, 0], kv_cache[:, 1]
+
+    def store(self, cache, slots, value):
+        cache[slots // BLOCK, slots % BLOCK] = value
+
+
+class ValuesFirst(SecondDimension):
+    def parts(self, kv_cache):
+        return kv_cache[:, 1], kv_cache[:, 0]
+
+
+class SideBySide(OneTensor):
+    """[blocks, Hk, block_size, 2 * D]: the lanes of a key, then those of a value"""
+
+    shape = (PAGES, NUM_KV_HEADS, BLOCK, 2 * HEAD_DIM)
+
+    def parts(self, kv_cache):
+        return kv_cache[..., :HEAD_DIM], kv_cache[..., HEAD_DIM:]
+
+    def store(self, cache, slots, value):
+        cache[slots // BLOCK, :, slots % BLOCK] = value
+
+
+def one_tensor_arguments(model):
+    return *arguments()[:3], torch.randn(model.shape)
+
+
+@pytest.mark.parametrize("model", [FirstDimension, SecondDimension, ValuesFirst, SideBySide])
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+def test_keys_and_values_in_one_tensor(model, inner):
+    report = assert_fuses(model(), one_tensor_arguments(model), count=1, inner=inner)
+    assert len(report.fused) == 1
+
+
+def test_attention_reads_what_was_stored():
+    class Attends(FirstDimension):
+        def consume(self, q, k, v, k_cache, v_cache):
+            return self.o_proj(q.flatten(1)) + k_cache.mean() + 2 * v_cache.mean()
+
+    assert_fuses(Attends(), one_tensor_arguments(Attends), count=1)
+
+
+def test_layers_in_one_tensor():
+    """[layers, 2, slots, Hk, D]"""
+
+    class Layers(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = torch.nn.ModuleList([Prologue() for _ in range(3)])
+
+        def forward(self, x, positions, slots, kv_cache):
+            for layer, (k_cache, v_cache) in zip(self.layers, kv_cache.unbind(0), strict=True):
+                x = x + layer(x, positions, slots, k_cache, v_cache) + k_cache.mean()
+            return x
+
+    cache = torch.randn(3, 2, SLOTS, NUM_KV_HEADS, HEAD_DIM)
+    assert_fuses(Layers(), (*arguments()[:3], cache), count=3)
+
+
+def test_a_value_that_is_read_between_the_stores_is_declined():
+    class Between(FirstDimension):
+        def forward(self, x, positions, slots, kv_cache):
+            q, k, v = self.split(self.project(x))
+            cos, sin = self.angles(positions)
+            q = self.rotate(self.norm(q, self.q_weight), cos, sin)
+            k = self.rotate(self.norm(k, self.k_weight), cos, sin)
+            k_cache, v_cache = self.parts(kv_cache)
+            self.store(k_cache, slots, k)
+            old = v_cache.sum()
+            self.store(v_cache, slots, v)
+            return self.o_proj(q.flatten(1)) + old
+
+    assert_declines(Between(), one_tensor_arguments(Between), code="store.old_cache_read")
+
+
+def test_a_part_that_goes_elsewhere_is_declined():
+    class Elsewhere(FirstDimension):
+        def forward(self, x, positions, slots, kv_cache):
+            q, k, v = self.split(self.project(x))
+            cos, sin = self.angles(positions)
+            q = self.rotate(self.norm(q, self.q_weight), cos, sin)
+            k = self.rotate(self.norm(k, self.k_weight), cos, sin)
+            stored = kv_cache[0].view(-1, NUM_KV_HEADS, HEAD_DIM).index_put((slots,), k)
+            kv_cache.copy_(torch.select_scatter(kv_cache, stored.view(kv_cache[0].shape), 0, 1))
+            stored = kv_cache[0].view(-1, NUM_KV_HEADS, HEAD_DIM).index_put((slots,), v)
+            kv_cache.copy_(torch.select_scatter(kv_cache, stored.view(kv_cache[0].shape), 0, 0))
+            return self.o_proj(q.flatten(1))
+
+    assert_declines(Elsewhere(), one_tensor_arguments(Elsewhere), code="store.cache_not_viewable")
+
+
+@pytest.mark.parametrize("model", [FirstDimension, SideBySide])
+def test_a_tensor_of_both_is_not_copied(model):
+    """Inductor stores in place: the code that it writes allocates nothing of the cache's size."""
+    from torch._inductor.utils import run_and_get_code
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model(), backend="fx_fusion", options={"fx_fusion.kernel": "reference"})
+    with torch.no_grad():
+        _, sources = run_and_get_code(compiled, *one_tensor_arguments(model))
+    shape = tuple(model.shape)
+    assert "qk_norm_rope_cache" in sources[-1]
+    assert f"empty_strided_cpu({shape}" not in sources[-1]

@@ -1,0 +1,59 @@
+"""A few mutants of every region of the corpus; ``tests/mutation/run.py`` makes thousands."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fx_fusion.mutants import rewritten
+from fx_fusion.patterns import qk_norm_rope_cache, rotated_heads
+from mutation import campaign
+from mutation.corpus import CASES
+from mutation.oracle import judge
+
+MUTANTS, TRIALS = 20, 16
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The tensors are small: more threads would only wait for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_mutant_is_rewritten_wrong(name):
+    tally = campaign.run(name, MUTANTS, seed=0, trials=TRIALS)
+    assert not tally.wrong
+    assert tally.mutants == MUTANTS and tally.right and tally.refused
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_region_itself_is_right_on_every_kind_of_input(name):
+    """Also says that the oracle accepts two computations that only round differently."""
+    original = campaign.mutants_of(name, 0, 0).original
+    fused, report = rewritten(original)
+    assert report.fused
+    assert judge(original, fused, count=100, seed=0) is None
+
+
+def _nothing(*_):
+    return None
+
+
+SABOTAGE = {
+    "no proof": [(rotated_heads, "prove", lambda *_: 0.0)],
+    "no certificate": [(rotated_heads, "certify", _nothing)],
+    "slots not compared": [(qk_norm_rope_cache, "_same_slots", _nothing)],
+    "copies not checked": [(qk_norm_rope_cache, "certify_copy", _nothing)],
+}
+
+
+@pytest.mark.parametrize("what", SABOTAGE)
+def test_a_broken_matcher_is_found_out(what, monkeypatch):
+    for module, name, replacement in SABOTAGE[what]:
+        monkeypatch.setattr(module, name, replacement)
+    fates = campaign.fates(campaign.mutants_of("packed_mrope", 400, seed=0), trials=TRIALS)
+    assert next((fate for fate in fates if fate.wrong is not None), None) is not None
