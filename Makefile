@@ -8,7 +8,7 @@ RUN := $(VENV)/bin/python
 TORCH := 2.13.0
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: setup demo test lint docs amd-acceptance clean
+.PHONY: setup demo test lint docs coverage amd-acceptance clean
 
 setup: $(VENV)/.installed
 
@@ -40,6 +40,9 @@ lint: setup
 
 docs: setup
 	$(RUN) -c "from fx_fusion.decline import markdown; print(markdown(), end='')" > docs/declines.md
+
+coverage: setup
+	$(RUN) tests/coverage_table.py
 
 amd-acceptance: setup
 	$(RUN) tests/acceptance.py

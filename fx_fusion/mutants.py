@@ -1,8 +1,8 @@
-"""Mutation testing of graphs: change one constant, operand or operation of a fused region at random, thousands of times.
+"""Mutation testing of graphs: one constant, operand or operation of a fused region is changed at random.
 
 Each mutant must be refused, or be rewritten into what the mutant itself computes. A mutant is a whole functional
-post-grad graph, as the pass sees it, in which one thing between the projections and the stores (or the query's consumer)
-is different; nothing here asks the pass where that is.
+post-grad graph, as the pass sees it, in which one thing between the projections and the stores, or the query's
+consumer, is different; nothing here asks the pass where that is.
 
     for mutant in Mutants.of(MyAttention(), inputs, count=300, seed=0):
         fused, report = rewritten(mutant)
@@ -49,11 +49,15 @@ class Mutant:
 
 @dataclass
 class Mutants:
-    """Distinct mutants of one graph, in an order that `seed` fixes; ``discarded`` counts those that could not run."""
+    """Distinct mutants of one graph, in an order that `seed` fixes; ``discarded`` counts those that could not run.
+
+    `where` picks the nodes of the region that are changed: all of them, unless told otherwise.
+    """
 
     original: Mutant
     count: int
     seed: int
+    where: Callable[[Node], bool] = lambda _: True
     discarded: int = field(default=0, init=False)
 
     @staticmethod
@@ -70,7 +74,7 @@ class Mutants:
         while found < self.count and idle < _PATIENCE:
             idle += 1
             graph = copy.deepcopy(self.original.module.graph)
-            change = _propose(graph, chance)
+            change = _propose(graph, chance, self.where)
             if change is None or change in seen:
                 continue
             seen.add(change)
@@ -266,12 +270,12 @@ def _runs(module: GraphModule, inputs: Sequence[Any]) -> bool:
 # --- changes ----------------------------------------------------------------------------------------------------------
 
 
-def _propose(graph: Graph, chance: random.Random) -> str | None:
+def _propose(graph: Graph, chance: random.Random, where: Callable[[Node], bool]) -> str | None:
     """Change one thing of the region, and tell what; None if the choice does not apply to the node chosen."""
-    nodes = region(graph)[0]
+    nodes = [node for node in region(graph)[0] if where(node)]
     steps = [node for node in nodes if not opset.is_movement(node)]
     # Most nodes of a region only move values: half of the changes go to the others.
-    node = chance.choice(steps if chance.random() < 0.5 else nodes)
+    node = chance.choice(steps if steps and chance.random() < 0.5 else nodes)
     change = chance.choice(_CHANGES)(graph, node, chance)
     if change is None:
         return None

@@ -138,6 +138,27 @@ def test_proof_sees_an_unread_dependence():
     assert "more than one head" in str(report)
 
 
+def _with_a_constant(normalised, weight):
+    return (normalised + 1e-30) * weight
+
+
+def _with_a_square(normalised, weight):
+    y = normalised * weight
+    return y + 1e-10 * y.square()
+
+
+@pytest.mark.parametrize("spoilt", [_with_a_constant, _with_a_square])
+def test_proof_sees_a_term_that_ordinary_input_hides(spoilt):
+    """Below 1e-9 of every ordinary value: the one is all there is of a zero, the other shows under a large weight."""
+    from fx_fusion.testing import assert_declines
+
+    class Spoilt(Prologue):
+        def norm(self, x, weight):
+            return spoilt(super().norm(x, torch.ones_like(weight)), weight)
+
+    assert_declines(Spoilt(), arguments(), code="proof.mismatch")
+
+
 def test_tolerances_cover_every_float_dtype_in_use():
     assert set(proof.NATIVE_TOLERANCE) == {torch.bfloat16, torch.float16, torch.float32, torch.float64}
     assert HEAD_DIM == 16

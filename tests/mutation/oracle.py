@@ -1,8 +1,8 @@
 """Is the rewritten mutant right? Judged by running the mutant itself, unfused, in eager PyTorch.
 
-The two may round differently. So both are held against a third run, of the unfused mutant in float64: the fused error may
-exceed the unfused one by rounding alone. Where the unfused run overflows, the fused one may be finite (its intermediates
-are float32), never the reverse; where float64 overflows too, the fused row must show it.
+The two may round differently. So both are held against a third run, of the unfused mutant in float64: the fused
+error may exceed the unfused one by rounding alone. Where the unfused run overflows, the fused one may be finite (its
+intermediates are float32), never the reverse; where float64 overflows too, the fused row must show it.
 """
 
 from __future__ import annotations
@@ -147,6 +147,9 @@ def _untouched(value: Tensor) -> Tensor:
 
 def _raise_dtypes(graph: Graph) -> None:
     for node in graph.nodes:
+        if node.target is torch.ops.aten.nan_to_num.default:  # its numbers depend on the dtype
+            largest = torch.finfo(node.meta["val"].dtype).max
+            node.args = (node.args[0], 0.0, largest, -largest)
         args, kwargs = map_aggregate((node.args, node.kwargs), _raised)
         node.args, node.kwargs = args, kwargs
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fx_fusion import opset
 from fx_fusion.mutants import rewritten
 from fx_fusion.patterns import qk_norm_rope_cache, rotated_heads
 from mutation import campaign
 from mutation.corpus import CASES
 from mutation.oracle import judge
+
+aten = torch.ops.aten
 
 MUTANTS, TRIALS = 20, 16
 
@@ -43,17 +46,25 @@ def _nothing(*_):
     return None
 
 
+NO_PROOF = (rotated_heads, "prove", lambda *_: 0.0)
+NO_CERTIFICATE = (rotated_heads, "certify", _nothing)
+#: What is broken, and which operations are changed to show it. One guard alone is no good: most have a second behind.
 SABOTAGE = {
-    "no proof": [(rotated_heads, "prove", lambda *_: 0.0)],
-    "no certificate": [(rotated_heads, "certify", _nothing)],
-    "slots not compared": [(qk_norm_rope_cache, "_same_slots", _nothing)],
-    "copies not checked": [(qk_norm_rope_cache, "certify_copy", _nothing)],
+    "proof": ([NO_PROOF], aten.mul.Tensor),
+    "proof and eps": ([NO_PROOF, (rotated_heads, "read_eps", lambda *_: 1e-6)], aten.add.Tensor),
+    "certificate": (
+        [NO_CERTIFICATE, (opset, "is_analytic", lambda node: not opset.is_opaque(node))],
+        aten.pow.Tensor_Scalar,
+    ),
+    "slots": ([(qk_norm_rope_cache, "_same_slots", _nothing)], aten.index_put.default),
 }
 
 
 @pytest.mark.parametrize("what", SABOTAGE)
 def test_a_broken_matcher_is_found_out(what, monkeypatch):
-    for module, name, replacement in SABOTAGE[what]:
+    broken, target = SABOTAGE[what]
+    for module, name, replacement in broken:
         monkeypatch.setattr(module, name, replacement)
-    fates = campaign.fates(campaign.mutants_of("packed_mrope", 400, seed=0), trials=TRIALS)
-    assert next((fate for fate in fates if fate.wrong is not None), None) is not None
+    mutants = campaign.mutants_of("packed_mrope", 200, seed=1)
+    mutants.where = lambda node: node.target is target
+    assert any(fate.wrong is not None for fate in campaign.fates(mutants, trials=24))
