@@ -272,11 +272,12 @@ def _runs(module: GraphModule, inputs: Sequence[Any]) -> bool:
 
 def _propose(graph: Graph, chance: random.Random, where: Callable[[Node], bool]) -> str | None:
     """Change one thing of the region, and tell what; None if the choice does not apply to the node chosen."""
-    nodes = [node for node in region(graph)[0] if where(node)]
+    stores = [node for node in graph.nodes if _is_store(node)]
+    nodes = [node for node in (*region(graph)[0], *stores) if where(node)]
     steps = [node for node in nodes if not opset.is_movement(node)]
     # Most nodes of a region only move values: half of the changes go to the others.
     node = chance.choice(steps if steps and chance.random() < 0.5 else nodes)
-    change = chance.choice(_CHANGES)(graph, node, chance)
+    change = (_insert if _is_store(node) else chance.choice(_CHANGES))(graph, node, chance)
     if change is None:
         return None
     line = first_source_line([node]) or "?"
@@ -525,14 +526,15 @@ def _insert(graph: Graph, node: Node, chance: random.Random) -> str | None:
     """A step on one edge, or on all edges of one value."""
     if not node.all_input_nodes:
         return None
-    edge = chance.choice(node.all_input_nodes)
+    edge = node.args[1] if _is_store(node) else chance.choice(node.all_input_nodes)
+    assert isinstance(edge, Node)
     tensor = _value(edge)
     if tensor is None or tensor.dtype == torch.bool:
         return None
     what, steps = (_float_steps if tensor.is_floating_point() else _int_steps)(chance, tensor)
     everywhere = chance.random() < 0.25 and edge.op == "call_function"
     first = node if not everywhere else edge.next
-    users = [user for user in edge.users if not _is_store(user)] if everywhere else [node]
+    users = list(edge.users) if everywhere else [node]
     last = edge
     with graph.inserting_before(first):
         for target, operands in steps:

@@ -6,6 +6,9 @@ import pytest
 import torch
 from prologue import HEAD_DIM, NUM_KV_HEADS, SLOTS, Prologue, arguments
 
+from fx_fusion.config import Config
+from fx_fusion.fusion_pass import apply
+from fx_fusion.mutants import capture
 from fx_fusion.testing import assert_declines, assert_fuses
 
 BLOCK = 8
@@ -323,3 +326,20 @@ def test_a_tensor_of_both_is_not_copied(model):
     shape = tuple(model.shape)
     assert "qk_norm_rope_cache" in sources[-1]
     assert f"empty_strided_cpu({shape}" not in sources[-1]
+
+
+def test_declines_a_view_that_holds_an_element_twice():
+    """An expanded cache: what is written at one slot of the value stands for every slot of the cache."""
+    graph = capture(Prologue(), arguments()).module.graph
+    writer = next(node for node in graph.nodes if node.target is torch.ops.aten.index_put.default)
+    cache = writer.args[0]
+    with graph.inserting_before(writer):
+        view = graph.call_function(torch.ops.aten.slice.Tensor, (cache, 0, 0, 1))
+        expanded = graph.call_function(torch.ops.aten.expand.default, (view, list(cache.meta["val"].shape)))
+    with cache.meta["val"].fake_mode:
+        view.meta["val"] = cache.meta["val"][:1]
+        expanded.meta["val"] = view.meta["val"].expand(cache.meta["val"].shape)
+    writer.replace_input_with(cache, expanded)
+    report = apply(graph, Config(kernel="reference"))
+    assert not report.fused
+    assert report.layers[0].code == "store.cache_not_viewable"
