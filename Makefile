@@ -6,6 +6,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 TORCH := 2.13.0
+TRITON := 3.6.0
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 .PHONY: setup demo test lint docs coverage amd-acceptance clean
@@ -24,6 +25,8 @@ $(VENV)/.installed: pyproject.toml
 		$(RUN) -m pip install --quiet --retries 1 --extra-index-url $(TORCH_CPU_INDEX) torch==$(TORCH); \
 	fi
 	@$(RUN) -c 'import torch; print(f"torch=={torch.__version__}")' > $(VENV)/constraints.txt
+	@# A GPU build of torch brings its Triton. The tests of the AMD machine code know what this one emits.
+	@$(RUN) -c 'import triton' 2>/dev/null || $(RUN) -m pip install --quiet triton==$(TRITON)
 	$(RUN) -m pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[test,lint,demo]'
 	@touch $@
 

@@ -127,6 +127,9 @@ def _check_view(store: Store, sizes: Sizes) -> None:
             f"{store.view} has strides {expected} but the cache gives {list(view.stride())}",
             [store.view],
         )
+    if any(stride == 0 and size > 1 for size, stride in zip(view.shape, expected, strict=True)):
+        found = f"{store.view} holds elements of the cache more than once: its strides are {expected}"
+        raise Decline("store.cache_not_viewable", found, [store.view])
     part, node = view, store.writer
     for scatter in store.scatters:
         put_back = _replay(part, alias_steps(node, scatter.args[1]), sizes)

@@ -211,3 +211,32 @@ def two_layers() -> Case:
             return x + self.second(x, positions, slots, *caches[2:])
 
     return TwoLayers(), (*arguments(), *arguments()[3:]), {}
+
+
+class OneTensor(Prologue):
+    """One input holds keys and values: [2, slots, Hk, D]."""
+
+    def forward(self, x, positions, slots, kv_cache):
+        return super().forward(x, positions, slots, *self.parts(kv_cache))
+
+    def parts(self, kv_cache):
+        return kv_cache.unbind(0)
+
+
+@case
+def keys_and_values_in_one_tensor() -> Case:
+    return OneTensor(), (*arguments()[:3], torch.randn(2, SLOTS, NUM_KV_HEADS, HEAD_DIM)), {}
+
+
+@case
+def keys_and_values_side_by_side() -> Case:
+    """[blocks, Hk, block_size, 2 * D]: the lanes of a key, then those of a value."""
+
+    class SideBySide(OneTensor):
+        def parts(self, kv_cache):
+            return kv_cache[..., :HEAD_DIM], kv_cache[..., HEAD_DIM:]
+
+        def store(self, cache, slots, value):
+            cache[slots // 8, :, slots % 8] = value
+
+    return SideBySide(), (*arguments()[:3], torch.randn(SLOTS // 8, NUM_KV_HEADS, 8, 2 * HEAD_DIM)), {}

@@ -30,7 +30,7 @@ def one_thread():
 def test_no_mutant_is_rewritten_wrong(name):
     tally = campaign.run(name, MUTANTS, seed=0, trials=TRIALS)
     assert not tally.wrong
-    assert tally.mutants == MUTANTS and tally.right and tally.refused
+    assert tally.mutants == MUTANTS and tally.right
 
 
 @pytest.mark.parametrize("name", CASES)
