@@ -145,8 +145,8 @@ def _facts(match: Match, problem: Problem) -> dict[str, Any]:
             for name, heads in (("q", match.query_heads.heads), ("k", key.heads), ("v", match.value_store.heads))
         },
         "norm": None
-        if key.norm.eps is None
-        else {"q_eps": match.query_heads.norm.eps, "k_eps": key.norm.eps, "gemma": key.norm.gemma},
+        if problem.q_eps is None and problem.k_eps is None
+        else {"q_eps": problem.q_eps, "k_eps": problem.k_eps, "gemma": key.norm.gemma or match.query_heads.norm.gemma},
         "rope": "neox" if match.rope.is_neox else "gpt-j",
         "rotary_dim": problem.rotary_dim,
         "angles": "table" if lookup else "rows",
@@ -178,12 +178,22 @@ def _columns(heads: Heads) -> str:
     return f"{heads.num_heads} x {heads.head_dim} from {heads.offset}, {heads.stride} apart"
 
 
+def _norm_words(norm: dict[str, Any] | None) -> str:
+    if norm is None:
+        return "no norm"
+    q_eps, k_eps = (None if eps is None else f"eps {eps:g}" for eps in (norm["q_eps"], norm["k_eps"]))
+    weight = " (1 + weight)" if norm["gemma"] else ""
+    if q_eps == k_eps:
+        return f"RMSNorm {q_eps}{weight}"
+    return f"RMSNorm of q {q_eps or 'none'}, of k {k_eps or 'none'}{weight}"
+
+
 def _words(facts: dict[str, Any]) -> str:
     norm = facts["norm"]
     mrope = facts["mrope_section"]
     parts = [
         f"heads {facts['num_heads']}/{facts['num_kv_heads']}x{facts['head_dim']} {facts['projection']}",
-        "no norm" if norm is None else f"RMSNorm eps {norm['q_eps']:g}" + (" (1 + weight)" if norm["gemma"] else ""),
+        _norm_words(norm),
         f"rope {facts['rope']} {facts['rotary_dim']}",
         (
             f"mRoPE {mrope} {'interleaved' if facts['mrope_interleaved'] else 'sectioned'}"

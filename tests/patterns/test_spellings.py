@@ -345,3 +345,13 @@ class TwoLayersOfOneTable(torch.nn.Module):
 def test_layers_that_differ_in_an_offset(inner):
     model, args = TwoLayersOfOneTable(), (*arguments(), *arguments()[3:])
     assert_fuses(model, args, count=2, inner=inner)
+
+
+@pytest.mark.parametrize("normalised", ["query", "key"])
+def test_a_norm_on_one_of_query_and_key_is_reported(normalised):
+    class One(Prologue):
+        def norm(self, x, weight):
+            return super().norm(x, weight) if (weight is self.q_weight) == (normalised == "query") else x
+
+    report = assert_fuses(One(), arguments(), count=1)
+    assert {"query": "of q eps 1e-06, of k none", "key": "of q none, of k eps 1e-06"}[normalised] in str(report)
