@@ -42,8 +42,9 @@ def insert(
     return_k: bool,
 ) -> Results:
     """Call `kernel`. `operands` and `options` are those of the operation, named as in its schema."""
-    way = _insert_triton if kernel == "triton" else _insert_op
-    return way(emit, kernel, operands, k_cache, v_cache, options, return_k)
+    if kernel == "triton":
+        return _insert_triton(emit, operands, k_cache, v_cache, options, return_k)
+    return _insert_op(emit, kernel, operands, k_cache, v_cache, options, return_k)
 
 
 def _insert_op(
@@ -80,7 +81,6 @@ def _insert_op(
 
 def _insert_triton(
     emit: Emitter,
-    _: str,
     operands: Mapping[str, Node | None],
     k_cache: Node,
     v_cache: Node,

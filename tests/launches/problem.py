@@ -104,8 +104,7 @@ class Prepared:
     def arguments(self, kernel: Any) -> dict[str, Any]:
         """A value for each parameter of `kernel`."""
         tensors = {name: None if tensor is None else triton.as_bytes(tensor) for name, tensor in self.tensors.items()}
-        tile = {field.upper(): value for field, value in dataclasses.asdict(self.launch.tile).items()}
-        known = {**tensors, **self.launch.arguments, **self.launch.constants, **tile}
+        known = {**tensors, **self.launch.arguments, **self.launch.constants}
         if self.variant.cache == "whole":
             known |= {"k_cache": _whole_storage(known["k_cache"]), "v_cache": None}
         return {name: known[name] for name in kernel.arg_names}
