@@ -27,8 +27,9 @@ def microseconds(call: Callable[[int], object], count: int, device: torch.device
 
 
 def _capture(call: Callable[[int], object], count: int) -> torch.cuda.CUDAGraph:
-    # A first call compiles and checks, which may not be captured.
-    call(0)
+    # What a first call compiles and checks may not be captured, and tensors of another alignment compile anew.
+    for index in range(count):
+        call(index)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

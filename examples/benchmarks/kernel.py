@@ -14,7 +14,6 @@ import argparse
 import datetime
 import json
 import multiprocessing
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,9 +24,9 @@ from torch import Tensor
 
 from fx_fusion.kernels import triton as kernel
 from fx_fusion.kernels.cache_layout import CacheLayout
+from fx_fusion.kernels.stopwatch import microseconds
 
 TABLE_ROWS = 4096
-REPLAYS = 7
 
 
 @dataclass(frozen=True)
@@ -196,42 +195,22 @@ def calls_that_fit(moved: int) -> int:
     return max(3, min(100, (1 << 30) // moved))
 
 
-def microseconds(call: Callable[[int], object], count: int, flush: Tensor) -> float:
-    for index in range(2):
-        call(index)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for index in range(count):
-            call(index)
-    samples = []
-    for _ in range(REPLAYS):
-        flush.zero_()
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        stop.record()
-        torch.cuda.synchronize()
-        samples.append(start.elapsed_time(stop) / count * 1e3)
-    return statistics.median(samples)
-
-
-def copy_microseconds(moved: int, count: int, flush: Tensor) -> float:
+def copy_microseconds(moved: int, count: int, device: torch.device) -> float:
     """Half the bytes read, half written."""
     source = torch.empty(count, moved // 2, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    return microseconds(lambda index: target[index].copy_(source[index]), count, flush)
+    return microseconds(lambda index: target[index].copy_(source[index]), count, device)
 
 
-def measure(shape: Shape, tokens: int, flush: Tensor, *, unfused: bool) -> dict[str, float]:
+def measure(shape: Shape, tokens: int, device: torch.device, *, unfused: bool) -> dict[str, float]:
     moved = bytes_moved(shape, tokens)
     count = calls_that_fit(moved)
-    result = {"copy": copy_microseconds(moved, count, flush)}
+    result = {"copy": copy_microseconds(moved, count, device)}
     calls = Calls(shape, tokens, count)
-    result["fused"] = microseconds(calls.fused(), count, flush)
+    result["fused"] = microseconds(calls.fused(), count, device)
     if unfused:
-        result["symbolic"] = microseconds(calls.fused(symbolic=True), count, flush)
-        result["static compile"] = microseconds(calls.unfused(), count, flush)
+        result["symbolic"] = microseconds(calls.fused(symbolic=True), count, device)
+        result["static compile"] = microseconds(calls.unfused(), count, device)
     return {name: round(value, 2) for name, value in result.items()}
 
 
@@ -284,15 +263,15 @@ def main() -> None:
     variant_cases = [(shape, number) for shape in VARIANTS.values() for number in tokens if number in (64, 1024, 16384)]
     with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
         pool.map(compile_ahead, [*cases, *variant_cases], chunksize=1)
-    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    device = torch.device("cuda")
     rows = []
     for shape, number in cases:
-        rows.append({"shape": str(shape), "tokens": number, **measure(shape, number, flush, unfused=True)})
+        rows.append({"shape": str(shape), "tokens": number, **measure(shape, number, device, unfused=True)})
         print(rows[-1], flush=True)
     variants = []
     for name, shape in VARIANTS.items():
         for number in [number for number in tokens if number in (64, 1024, 16384)]:
-            variants.append({"variant": name, "tokens": number, **measure(shape, number, flush, unfused=False)})
+            variants.append({"variant": name, "tokens": number, **measure(shape, number, device, unfused=False)})
             print(variants[-1], flush=True)
     machine = {
         "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
