@@ -6,9 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from fx_fusion import tune
+from fx_fusion.commands import doctor, tune
 
-COMMANDS = (tune,)
+COMMANDS = (doctor, tune)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

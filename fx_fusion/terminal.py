@@ -13,6 +13,12 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
         _print_rich(title, columns, rows)
 
 
+def print_lines(lines: Sequence[str]) -> None:
+    """Plain text; rich would break lines and colour numbers."""
+    for line in lines:
+        print(line)
+
+
 def plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (columns, *rows)]

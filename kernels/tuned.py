@@ -117,11 +117,7 @@ def _load(path: Path, stamp: tuple[int, int] | None, here: Machine) -> Tuned | N
     """Read once for each stamp, hence warned of once."""
     if stamp is None and VARIABLE not in os.environ:
         return None
-    try:
-        found = from_json(path.read_text())
-        reason = _difference(found.machine, here)
-    except (OSError, ValueError) as error:
-        found, reason = None, str(error)
+    found, reason = _read(path, here)
     if reason is None:
         return found
     log.warning(
@@ -130,6 +126,19 @@ def _load(path: Path, stamp: tuple[int, int] | None, here: Machine) -> Tuned | N
         path, reason, VARIABLE, OFF,
     )  # fmt: skip
     return None
+
+
+def why_ignored(path: Path, here: Machine) -> str | None:
+    """What is wrong with the file, for the device that is `here`; None if it is used."""
+    return _read(path, here)[1]
+
+
+def _read(path: Path, here: Machine) -> tuple[Tuned | None, str | None]:
+    try:
+        found = from_json(path.read_text())
+    except (OSError, ValueError) as error:
+        return None, str(error)
+    return found, _difference(found.machine, here)
 
 
 def _difference(measured: Machine, here: Machine) -> str | None:

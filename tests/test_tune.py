@@ -9,8 +9,9 @@ import sys
 import pytest
 import torch
 
-from fx_fusion import terminal, tune, tuning
+from fx_fusion import terminal, tuning
 from fx_fusion.__main__ import main
+from fx_fusion.commands import tune
 from fx_fusion.kernels import triton, tuned
 from fx_fusion.kernels.bench import Refused
 from fx_fusion.kernels.tile import Tile, candidates

@@ -1,0 +1,1 @@
+"""What ``python -m fx_fusion`` can do, one command a module."""
