@@ -6,16 +6,19 @@ from fx_fusion.config import Config, OptionError
 from fx_fusion.decline import CODES, Decline
 from fx_fusion.dispatch import KernelUnavailable
 from fx_fusion.fusion_pass import FusionPass
+from fx_fusion.kernels.capture import FirstUseInCapture
 from fx_fusion.op import qk_norm_rope_cache
 from fx_fusion.registry import Fusion, Handle, register_fusion
 from fx_fusion.report import FusionReport, LayerReport, last_report
 from fx_fusion.trace import explain
 from fx_fusion.version import __version__
+from fx_fusion.warm import NotWarm, Warmup, refuse_compilation_in_captures, warmup
 
 __all__ = [
     "CODES",
     "Config",
     "Decline",
+    "FirstUseInCapture",
     "Fusion",
     "FusionPass",
     "FusionReport",
@@ -23,14 +26,18 @@ __all__ = [
     "KernelUnavailable",
     "LayerReport",
     "NotFused",
+    "NotWarm",
     "OptionError",
     "QkNormRopeCache",
+    "Warmup",
     "__version__",
     "explain",
     "last_report",
     "qk_norm_rope_cache",
     "register_fusion",
+    "warmup",
 ]
 
 register_fusion(QkNormRopeCache())
 register()
+refuse_compilation_in_captures()

@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 from fx_fusion.config import Config
 from fx_fusion.fusion_pass import FusionPass
 from fx_fusion.report import REPORTS, FusionReport
+from fx_fusion.warm import refuse_compilation_in_captures
 
 _HOOK = "post_grad_custom_pre_pass"
 
@@ -44,6 +45,7 @@ def fx_fusion(
         KernelUnavailable: a kernel asked for by name cannot serve.
         NotFused: fewer fused calls than ``fx_fusion.require``.
     """
+    refuse_compilation_in_captures()
     config, inductor_options = Config.from_options(options or {})
     before = REPORTS.snapshot()
     if config.inner == "eager":

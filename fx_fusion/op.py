@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fx_fusion.kernels import aiter, reference, triton
 from fx_fusion.kernels.cache_layout import CacheLayout
+from fx_fusion.kernels.capture import only_warm
 
 _LIBRARY = torch.library.Library("fx_fusion", "DEF")
 
@@ -95,6 +96,9 @@ def qk_norm_rope_cache(
     Triton kernel reads and writes nothing there: such a slot stores nothing, such a position gives NaN in every lane
     that rotates.
 
+    Raises:
+        FirstUseInCapture: while a graph is being captured, of a kernel that is not compiled for such a call yet.
+
     Returns:
         q rotated, [B, S, Hq, D] contiguous in q's dtype, and k rotated, [B, S, Hk, D] (empty without `return_k`).
         Both are rounded once, from float32.
@@ -122,7 +126,8 @@ def run(
             f"qk_norm_rope_cache: implementation must be one of {sorted(_KERNELS)}, got {implementation!r}"
         )
     layouts = {"k_layout": CacheLayout(*k_layout), "v_layout": CacheLayout(*v_layout)}
-    return _KERNELS[implementation](*operands, **layouts, **options)
+    with only_warm(f"the kernel {implementation}"):
+        return _KERNELS[implementation](*operands, **layouts, **options)
 
 
 def _fake(q: Tensor, k: Tensor, *_: Tensor | None, return_k: bool, **__: object) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fx_fusion.kernels.cache_layout import CacheLayout
-from fx_fusion.kernels.self_check import refuse_in_capture
+from fx_fusion.kernels.capture import refuse_in_capture
 
 
 def violation(argument: str, expected: object, found: object) -> ValueError:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from fx_fusion.kernels.agreement import Difference, Launch, compare
+from fx_fusion.kernels.capture import refuse_in_capture
 from fx_fusion.kernels.signature import Signature
 from fx_fusion.kernels.small_problem import small_problem
 
@@ -34,10 +35,6 @@ class Verdict:
     def __str__(self) -> str:
         found = "agrees with the reference" if self.reason is None else f"is not used: {self.reason}"
         return f"{self.kernel} on {self.signature.device} {found} ({self.signature})"
-
-
-class FirstUseInCapture(RuntimeError):
-    """A kernel that was not checked yet cannot be checked while a graph is being captured."""
 
 
 _verdicts: dict[tuple[str, Signature], Verdict] = {}
@@ -68,16 +65,6 @@ def verdict(kernel: str, launch: Launch, signature: Signature) -> Verdict:
         found = _verdicts.get((kernel, signature)) or _examine(kernel, launch, signature)
         _verdicts[kernel, signature] = found
     return found
-
-
-def refuse_in_capture(what: str) -> None:
-    """Raise if a graph is being captured: `what` reads back from the device, or compiles for minutes."""
-    # A torch that is built for no GPU raises when asked about the stream.
-    if torch.backends.cuda.is_built() and torch.cuda.is_current_stream_capturing():
-        raise FirstUseInCapture(
-            f"{what} while a graph is being captured, where it can be neither built nor checked; "
-            "run the call once, with tensors like these, before the capture"
-        )
 
 
 def _examine(kernel: str, launch: Launch, signature: Signature) -> Verdict:

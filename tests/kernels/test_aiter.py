@@ -12,6 +12,7 @@ from aiter_stand_in import Aiter
 
 import fx_fusion
 from fx_fusion.kernels import aiter, aiter_arguments, self_check
+from fx_fusion.kernels.capture import FirstUseInCapture
 from fx_fusion.kernels.contract import Problem, Target
 
 HEADS, KV_HEADS, ROWS, BLOCKS, BLOCK_SIZE = 5, 2, 50, 4, 16
@@ -546,7 +547,7 @@ def test_checks_any_kernel():
 @pytest.fixture
 def capturing(monkeypatch):
     def begin(yes=True):
-        monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: yes)
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: yes)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: yes)
 
     return begin
@@ -555,7 +556,7 @@ def capturing(monkeypatch):
 def test_a_first_use_in_a_capture_raises_and_leaves_nothing_behind(install, capturing):
     module = install(Aiter())
     capturing()
-    with pytest.raises(self_check.FirstUseInCapture, match="run the call once, with tensors like these, before the"):
+    with pytest.raises(FirstUseInCapture, match="run the call once, with tensors like these, before the"):
         Case().run("aiter")
     assert self_check.verdicts() == ()
     assert module.calls == 0
@@ -577,7 +578,7 @@ def test_a_new_scale_in_a_capture_raises(install, capturing):
     Case(cache_dtype=FLOAT8, k_scale=0.5, v_scale=0.5).run("aiter")
     capturing()
     assert_equals_reference(Case(cache_dtype=FLOAT8, k_scale=0.5, v_scale=0.5))
-    with pytest.raises(self_check.FirstUseInCapture, match=r"the scale 0\.25 is used for the first time"):
+    with pytest.raises(FirstUseInCapture, match=r"the scale 0\.25 is used for the first time"):
         Case(cache_dtype=FLOAT8, k_scale=0.25, v_scale=0.5).run("aiter")
 
 
