@@ -98,6 +98,15 @@ def first_source_line(nodes: Iterable[Node]) -> str | None:
     return next((line for node in nodes if (line := source_line(node))), None)
 
 
+def module_path(node: Node) -> str | None:
+    """The module whose forward made `node`, as ``layers.0.self_attn``, or None for the outermost one."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return None
+    path, _ = list(stack.values())[-1]
+    return re.sub(r"^L\['\w+'\]\.?", "", str(path)) or None
+
+
 def markdown() -> str:
     """``docs/declines.md``."""
     lines = [

@@ -21,12 +21,13 @@ from torch.utils._python_dispatch import _disable_current_modes
 from fx_fusion import config as configuration
 from fx_fusion import rewrite
 from fx_fusion.config import Config
-from fx_fusion.decline import Decline, first_source_line
+from fx_fusion.decline import Decline, first_source_line, module_path
 from fx_fusion.dispatch import KernelUnavailable, choose, eligibility
 from fx_fusion.facts import Facts
 from fx_fusion.kernels import tuned
 from fx_fusion.kernels.contract import Target
 from fx_fusion.kernels.versions import aiter_version, triton_version
+from fx_fusion.observer import NOBODY, Observer
 from fx_fusion.registry import REGISTRY, Fusion
 from fx_fusion.report import REPORTS, FusionReport, LayerReport
 
@@ -45,9 +46,11 @@ class FusionPass(_Base):
     Args:
         config: what to do; by default the fastest kernel that serves, as ``FX_FUSION_KERNEL`` may override.
         before: a pass that already holds the hook; it runs first.
+        observer: who is told of every step (``explain`` in detail).
     """
 
-    def __init__(self, config: Config | None = None, before: Any = None) -> None:
+    def __init__(self, config: Config | None = None, before: Any = None, observer: Observer = NOBODY) -> None:
+        self._observer = observer
         self._config = config or Config(kernel=configuration.kernel_from_environment())
         self._before = before
 
@@ -55,7 +58,7 @@ class FusionPass(_Base):
         if self._before is not None:
             _call(self._before, graph, is_inference)
         training = not is_inference if is_inference is not None else _saves_for_backward(graph)
-        REPORTS.publish(apply(graph, self._config, training=training))
+        REPORTS.publish(apply(graph, self._config, training=training, observer=self._observer))
 
     def uuid(self) -> Any:
         """Changes with everything that the result depends on; None (no caching) while that cannot be told."""
@@ -92,7 +95,7 @@ def _source_hash() -> str:
     return digest.hexdigest()
 
 
-def apply(graph: Graph, config: Config, *, training: bool = False) -> FusionReport:
+def apply(graph: Graph, config: Config, *, training: bool = False, observer: Observer = NOBODY) -> FusionReport:
     """Apply every registered fusion to `graph`, in place.
 
     Raises:
@@ -104,14 +107,15 @@ def apply(graph: Graph, config: Config, *, training: bool = False) -> FusionRepo
     layers: list[LayerReport] = []
     mutated = sum(1 for node in graph.nodes if node.target is torch.ops.aten.copy_.default)
     refusal = _refuse_graph(training)
+    observer.starts(graph)
     rewriting = 0.0
     if refusal is not None:
         layers.append(_declined("graph", refusal))
     else:
         # Readers compute with real tensors, whatever mode the caller traces in (fake tensors, a default device).
-        with _disable_current_modes(), _cpu_by_default(), torch.no_grad():
+        with _disable_current_modes(), cpu_by_default(), torch.no_grad():
             for fusion in REGISTRY:
-                done, spent = _apply_fusion(graph, fusion, config)
+                done, spent = _apply_fusion(graph, fusion, config, observer)
                 layers.extend(done)
                 rewriting += spent
             if any(layer.state == "rewritten" for layer in layers):
@@ -120,11 +124,12 @@ def apply(graph: Graph, config: Config, *, training: bool = False) -> FusionRepo
     total = time.perf_counter() - started
     seconds = {"total": total, "rewriting": rewriting, "reading": total - rewriting}
     report = FusionReport(tuple(layers), stores, nodes, config.kernel, seconds)
+    observer.ends(graph, report)
     _announce(report)
     return report
 
 
-def _cpu_by_default() -> contextlib.AbstractContextManager[Any]:
+def cpu_by_default() -> contextlib.AbstractContextManager[Any]:
     """A device context costs on every call, so there is one only where the default device is another."""
     return contextlib.nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
 
@@ -137,7 +142,7 @@ def _refuse_graph(training: bool) -> Decline | None:
     return None
 
 
-def _apply_fusion(graph: Graph, fusion: Fusion, config: Config) -> tuple[list[LayerReport], float]:
+def _apply_fusion(graph: Graph, fusion: Fusion, config: Config, observer: Observer) -> tuple[list[LayerReport], float]:
     facts = Facts(graph)
     candidates, impossible = fusion.find(facts)
     memo: dict[object, Any] = {}
@@ -148,14 +153,19 @@ def _apply_fusion(graph: Graph, fusion: Fusion, config: Config) -> tuple[list[La
         if layer.state == "rewritten":
             matches.append((len(layers), match, str(layer.kernel)))
         layers.append(layer)
+        observer.reads(fusion, facts, candidate, match, layer)
+    refused = [_declined(fusion.name, decline) for decline in impossible]
+    for layer in refused:
+        observer.reads(fusion, facts, None, None, layer)
     started = time.perf_counter()
     for position, match, kernel in matches:
         try:
             fusion.rewrite(graph, match, kernel)
+            observer.rewrites(layers[position], graph)
         except Exception as error:
             layers[position] = _declined(fusion.name, _internal(error, config))
     spent = time.perf_counter() - started
-    layers.extend(_declined(fusion.name, decline) for decline in impossible)
+    layers.extend(refused)
     if not layers:
         found = (
             "the graph writes no KV cache in place; a cache that grows by concatenation (DynamicCache) stores nothing"
@@ -184,6 +194,7 @@ def _read(
         error=error,
         node=str(candidate.anchor),
         source=first_source_line([candidate.anchor]),
+        module=module_path(candidate.anchor),
     )
     target = Target.parse(config.target) if config.target else Target.of(candidate.anchor.meta["val"].device)
     try:
@@ -218,6 +229,7 @@ def _declined(fusion: str, decline: Decline, anchor: Node | None = None) -> Laye
         reason=decline.found,
         node=str(nodes[0]) if nodes else None,
         source=first_source_line(nodes),
+        module=next(filter(None, map(module_path, nodes)), None),
     )
 
 

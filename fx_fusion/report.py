@@ -30,6 +30,7 @@ class LayerReport:
         eligible: for each fast kernel, what its contract objects to (None: it could serve on its platform).
         error: largest relative difference to the fused operation in float64.
         code, reason, node, source: why not, where; `source` is the user's ``file:line``.
+        module: whose forward holds the layer (``layers.0.self_attn``), where it has a name.
     """
 
     fusion: str
@@ -43,6 +44,7 @@ class LayerReport:
     reason: str | None = None
     node: str | None = None
     source: str | None = None
+    module: str | None = None
 
     def __str__(self) -> str:
         if self.state == "declined":

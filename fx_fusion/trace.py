@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Generator, Sequence
+import re
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,18 +18,23 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from fx_fusion.config import Config
-from fx_fusion.fusion_pass import FusionPass
+from fx_fusion.fusion_pass import FusionPass, cpu_by_default
 from fx_fusion.kernels.capture import only_warm
 from fx_fusion.kernels.contract import Target
+from fx_fusion.observer import NOBODY, Observer
 from fx_fusion.report import REPORTS, FusionReport
 
 
-def compile_eager(gm: GraphModule, example_inputs: Sequence[Any], config: Config) -> Callable[..., Any]:
+def compile_eager(
+    gm: GraphModule, example_inputs: Sequence[Any], config: Config, observer: Observer = NOBODY
+) -> Callable[..., Any]:
     """Rewrite the graph and run it node by node, uncompiled."""
     from torch._inductor.compile_fx import compile_fx
 
     def run_pass(graph_module: GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
-        _as_post_grad(graph_module, FusionPass(config), is_inference=bool(kwargs.get("is_inference", False)))
+        _as_post_grad(
+            graph_module, FusionPass(config, observer=observer), is_inference=bool(kwargs.get("is_inference", False))
+        )
         return _boxed(graph_module)
 
     inner: Any = run_pass
@@ -75,17 +81,24 @@ def explain(fn: Callable[..., Any], *args: Any, target: str | None = None, **kwa
     Raises:
         ValueError: `target` is unknown.
     """
-    config = Config(target=target or _home((fn, args, kwargs)))
+    return explain_to(NOBODY, fn, args, kwargs, Config(target=target or _home((fn, args, kwargs))))
+
+
+def explain_to(
+    observer: Observer, fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], config: Config
+) -> FusionReport:
+    """As :func:`explain`, and tell `observer` every step of it, and the names of each graph's inputs first."""
     reports: list[FusionReport] = []
 
     def backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         before = REPORTS.snapshot()
-        compiled = compile_eager(gm, example_inputs, config)
+        observer.names(_input_names(gm))
+        compiled = compile_eager(gm, example_inputs, config, observer)
         reports.extend(REPORTS.since(before))
         return compiled
 
-    with _fake() as mode, torch.device("cpu"), torch.no_grad():
-        fake_fn, fake_args, fake_kwargs = _fakes(mode, (fn, args, kwargs))
+    with _fake() as mode, cpu_by_default(), torch.no_grad():
+        fake_fn, fake_args, fake_kwargs = _fakes(mode, (fn, tuple(args), dict(kwargs)))
         fake_fn(*fake_args, **fake_kwargs)  # a lazily allocated cache allocates itself here, not inside the graph
         torch._dynamo.reset()
         try:
@@ -93,6 +106,22 @@ def explain(fn: Callable[..., Any], *args: Any, target: str | None = None, **kwa
         finally:
             torch._dynamo.reset()
     return merge(reports)
+
+
+def _input_names(gm: GraphModule) -> list[str]:
+    """What the user calls each input of Dynamo's graph: ``self.layers.0.self_attn.q_norm.weight``."""
+    placeholders = (node for node in gm.graph.nodes if node.op == "placeholder")
+    return [_user_name(getattr(node.meta.get("grapharg"), "source", None), str(node.target)) for node in placeholders]
+
+
+def _user_name(source: Any, fallback: str) -> str:
+    try:
+        name = str(source.name() if callable(source.name) else source.name)
+    except (AttributeError, NotImplementedError):
+        return fallback
+    name = re.sub(r"\._(?:modules|parameters|buffers)\['(\w+)'\]", r".\1", name)
+    name = re.sub(r"^L\['kwargs'\]\['(\w+)'\]", r"\1", name)
+    return re.sub(r"L\['(\w+)'\]", r"\1", name)
 
 
 def merge(reports: Sequence[FusionReport]) -> FusionReport:

@@ -9,6 +9,8 @@ from prologue import Prologue, arguments
 from transformers import StaticCache
 
 import fx_fusion
+from fx_fusion.observer import Observer
+from fx_fusion.trace import explain_to
 
 
 def test_leaves_everything_as_it_was():
@@ -60,3 +62,36 @@ def test_reasons_are_told():
     assert report.declined[0].code == "proof.not_analytic"
     assert "test_trace.py:" in report.declined[0].source
     assert "clamp" in report.declined[0].reason
+
+
+def test_an_observer_sees_every_step_and_the_users_names():
+    class Recorder(Observer):
+        def __init__(self):
+            self.seen, self.inputs = [], []
+
+        def names(self, inputs):
+            self.inputs = list(inputs)
+
+        def starts(self, graph):
+            self.seen.append("starts")
+
+        def reads(self, fusion, facts, candidate, match, layer):
+            self.seen.append(f"reads {layer.state}")
+            assert (match is None) == (layer.state == "declined")
+
+        def rewrites(self, layer, graph):
+            self.seen.append(f"rewrites by {layer.kernel}")
+
+        def ends(self, graph, report):
+            self.seen.append(f"ends with {len(report.fused)} fused")
+
+    recorder = Recorder()
+    explain_to(recorder, Prologue(), arguments(), {}, fx_fusion.Config(kernel="reference"))
+    assert recorder.seen == ["starts", "reads rewritten", "rewrites by reference", "ends with 1 fused"]
+    assert {"x", "slots", "k_cache", "self.q_weight", "self.qkv_proj.weight"} <= set(recorder.inputs)
+
+
+def test_layers_know_their_module():
+    run = Run("qwen3")
+    report = fx_fusion.explain(run.model, torch.zeros(2, 1, dtype=torch.int64), past_key_values=run.cache)
+    assert [layer.module for layer in report.layers] == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
