@@ -42,25 +42,33 @@ class Facts:
         """Live users of `node`, in graph order."""
         return sorted((user for user in node.users if user in self.live), key=self.order.__getitem__)
 
-    def latest_common_ancestor(self, a: Node, b: Node) -> Node | None:
-        """The last node, in graph order, that both `a` and `b` depend on (or are)."""
-        reached: dict[Node, set[Node]] = {a: {a}}
-        reached.setdefault(b, set()).add(b)
-        heap = [-self.order[node] for node in reached]
+    def latest_common_ancestors(self, node: Node, others: Iterable[Node]) -> dict[Node, Node]:
+        """For each of `others`, the last node, in graph order, that both it and `node` depend on (or are).
+
+        One walk towards the inputs, latest node first; each value on the way is told who depends on it.
+        """
+        dependents: dict[Node, set[Node]] = {}
+        for start in (node, *others):
+            dependents.setdefault(start, set()).add(start)
+        missing = set(others)
+        found: dict[Node, Node] = {}
+        heap = [-self.order[start] for start in dependents]
         heapq.heapify(heap)
-        while heap:
-            node = self.nodes[-heapq.heappop(heap)]
-            sources = reached[node]
-            if len(sources) == 2 or (a is b):
-                return node
-            for parent in node.all_input_nodes:
+        while heap and missing:
+            ancestor = self.nodes[-heapq.heappop(heap)]
+            dependent = dependents.pop(ancestor)
+            if node in dependent:
+                found |= dict.fromkeys(dependent & missing, ancestor)
+                missing -= dependent
+            dependent &= missing | {node}
+            for parent in ancestor.all_input_nodes if dependent else ():
                 if parent.op == "get_attr":
                     continue
-                if parent not in reached:
-                    reached[parent] = set()
+                if parent not in dependents:
+                    dependents[parent] = set()
                     heapq.heappush(heap, -self.order[parent])
-                reached[parent] |= sources
-        return None
+                dependents[parent] |= dependent
+        return found
 
     def between(self, origin: Node, targets: Iterable[Node]) -> list[Node]:
         """The nodes on a path from `origin` to one of `targets`, both ends included, in graph order.
@@ -85,7 +93,15 @@ class Facts:
 
 def _live(nodes: list[Node]) -> set[Node]:
     live: set[Node] = set()
-    stack = [node for node in nodes if node.op == "output" or node.is_impure() or _writes_an_input(node)]
+    stack = [node for node in nodes if node.op == "output" or _writes_an_input(node)]
+    impure: dict[Any, bool] = {}
+    for node in nodes:
+        # Of an operation of PyTorch the answer is the same whatever its arguments, and torch takes long to give it.
+        question = node.target if isinstance(node.target, torch._ops.OpOverload) else node
+        if question not in impure:
+            impure[question] = node.is_impure()
+        if impure[question]:
+            stack.append(node)
     while stack:
         node = stack.pop()
         if node in live:

@@ -75,8 +75,8 @@ class Frontier(enum.Enum):
     """Nothing is looked through."""
 
 
-def find_leaves(branch: Branch, frontier: Frontier) -> tuple[Node, ...]:
-    """The float tensors that feed `branch` from outside, in order of use.
+def find_leaves(branch: Branch) -> dict[Frontier, tuple[Node, ...]]:
+    """The float tensors that feed `branch` from outside, in order of use, for each way of taking them.
 
     Looking through views makes the cosine that q sees unsqueezed one way and k another one leaf. Constants that the
     graph computes from literals alone are no leaves.
@@ -85,7 +85,7 @@ def find_leaves(branch: Branch, frontier: Frontier) -> tuple[Node, ...]:
         Decline: ``norm.eps_is_input`` for a scalar leaf, ``proof.not_analytic`` for an index or a mask that depends on
             a graph input.
     """
-    leaves: dict[Node, None] = {}
+    floats: list[Node] = []
     for node in branch.frontier:
         if opset.is_symbolic(node) or opset.is_literal(node):
             continue
@@ -94,8 +94,11 @@ def find_leaves(branch: Branch, frontier: Frontier) -> tuple[Node, ...]:
             raise Decline("proof.not_analytic", found, [node])
         if node.meta["val"].dim() == 0:
             raise Decline("norm.eps_is_input", f"the scalar {node} is a graph input; expected a literal", [node])
-        leaves.update(dict.fromkeys(_origins(node, frontier)))
-    return tuple(leaves)
+        floats.append(node)
+    return {
+        frontier: tuple(dict.fromkeys(origin for node in floats for origin in _origins(node, frontier)))
+        for frontier in Frontier
+    }
 
 
 def _origins(node: Node, frontier: Frontier) -> list[Node]:

@@ -183,13 +183,7 @@ def data_cuts(facts: Facts, origin: Node, out: Node) -> list[Node]:
         Decline: ``proof.not_analytic``, if a step that is not analytic leaves no candidate.
     """
     path = facts.between(origin, [out])
-    inside = set(path)
-    flow = nx.DiGraph((parent, node) for node in path for parent in node.all_input_nodes if parent in inside)
-    flow.add_node(origin)
-    idom: dict[Node, Node] = nx.immediate_dominators(flow, origin)
-    chain = [out]
-    while chain[-1] is not origin:
-        chain.append(idom[chain[-1]])
+    chain = _bottlenecks(path)
     body = [node for node in path if node is not origin]
     projection = max((facts.order[node] for node in body if opset.is_opaque(node)), default=facts.order[origin])
     blocker = next((node for node in reversed(body) if not opset.is_analytic(node)), None)
@@ -197,7 +191,7 @@ def data_cuts(facts: Facts, origin: Node, out: Node) -> list[Node]:
     last = min(
         (facts.order[node] for node in body if _takes_root(node) and facts.order[node] > projection), default=None
     )
-    cuts = [node for node in reversed(chain[1:]) if facts.order[node] >= first]
+    cuts = [node for node in chain[:-1] if facts.order[node] >= first]
     if last is not None:
         cuts = [node for node in cuts if facts.order[node] < last]
     cuts = _without_padding(cuts)
@@ -205,6 +199,19 @@ def data_cuts(facts: Facts, origin: Node, out: Node) -> list[Node]:
         step = blocker or out
         raise Decline("proof.not_analytic", f"{step} ({step.target}) stands between the projection and {out}", [step])
     return [cuts[0], *(node for node in cuts[1:] if not opset.is_movement(node))]
+
+
+def _bottlenecks(path: Sequence[Node]) -> list[Node]:
+    """The nodes of `path` (all that lie between its first and its last, in order) that no edge of it passes by."""
+    position = {node: i for i, node in enumerate(path)}
+    last_use = {parent: i for node, i in position.items() for parent in node.all_input_nodes if parent in position}
+    found: list[Node] = []
+    furthest = 0
+    for node, i in position.items():
+        if furthest <= i:
+            found.append(node)
+        furthest = max(furthest, last_use.get(node, i))
+    return found
 
 
 def _without_padding(cuts: list[Node]) -> list[Node]:
@@ -310,11 +317,9 @@ class Rotations:
         sites = {site for root in angles for site in self._sites.get(root, ()) if site not in inside}
         position = facts.order[key.out]
         near = sorted(sites, key=lambda site: abs(facts.order[site] - position))[:8]
-        origins: dict[Node, Node] = {}
-        for site in near:
-            origin = facts.latest_common_ancestor(site, value)
-            if origin is not None and not _depends(facts, site, key.out):
-                origins[site] = origin
+        rotated = set(facts.between(key.out, near))
+        meeting = facts.latest_common_ancestors(value, [site for site in near if site not in rotated])
+        origins = {site: meeting[site] for site in near if site in meeting}
         if not origins:
             raise Decline(
                 "rope.query_missing", f"no other value is rotated by the angles that rotate {key.out}", [key.out]
@@ -365,10 +370,6 @@ def _is_wide(node: Node) -> bool:
 def _in_a_later_layer(facts: Facts, first: Node, second: Node) -> bool:
     """Does `second` depend on `first` through a matrix product or an opaque operation?"""
     return any(opset.is_opaque(node) for node in facts.between(first, [second])[1:])
-
-
-def _depends(facts: Facts, node: Node, on: Node) -> bool:
-    return node in facts.between(on, [node])
 
 
 def tell_key_from_value(facts: Facts, a: Store, b: Store, origin: Node) -> tuple[Store, Store]:

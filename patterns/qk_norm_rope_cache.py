@@ -219,7 +219,7 @@ def _memoised(facts: Facts, branch: Branch, memo: Memo) -> RotatedHeads:
 
     That includes the way from the origins of the frontier, the furthest that any reading looks back, to the branch.
     """
-    taken = {frontier: find_leaves(branch, frontier) for frontier in Frontier}
+    taken = find_leaves(branch)
     leaves = tuple(dict.fromkeys(leaf for each in taken.values() for leaf in each))
     key = branch_key(branch, taken[Frontier.PARTS])
     if key not in memo:

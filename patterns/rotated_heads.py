@@ -14,7 +14,7 @@ from fx_fusion.kernels import reference
 from fx_fusion.patterns.mrope import Lanes, Rope, read_couplings, read_rope
 from fx_fusion.patterns.rms_norm import Norm, check_per_head, is_normalised, read_eps, read_owners, read_weight
 from fx_fusion.patterns.split import Heads, read_columns, read_heads, take_heads
-from fx_fusion.probe import Frontier, Probe, find_leaves
+from fx_fusion.probe import Probe, find_leaves
 from fx_fusion.proof import prove
 from fx_fusion.region import Branch
 from fx_fusion.sizes import Sizes
@@ -65,9 +65,9 @@ def read_rotated_heads(branch: Branch, sizes: Sequence[Sizes]) -> RotatedHeads:
     """
     certify(branch)
     furthest: Decline | None = None
-    for frontier in Frontier:
+    for leaves in dict.fromkeys(find_leaves(branch).values()):
         try:
-            return _read(branch, find_leaves(branch, frontier), sizes)
+            return _read(branch, leaves, sizes)
         except Decline as decline:
             furthest = decline if furthest is None or decline.stage > furthest.stage else furthest
     assert furthest is not None

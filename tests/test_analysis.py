@@ -53,13 +53,15 @@ def test_random_values_are_never_equal():
     assert facts.value_number(a) != facts.value_number(b)
 
 
-def test_latest_common_ancestor():
+def test_latest_common_ancestors():
     build = Builder()
-    x = build.input("x", 2, 3)
+    x, stranger = build.input("x", 2, 3), build.input("stranger", 2, 3)
     shared = build(aten.neg.default, x)
     a, b = build(aten.mul.Tensor, shared, 2.0), build(aten.mul.Tensor, shared, 3.0)
-    build.graph.output((a, b))
-    assert Facts(build.graph).latest_common_ancestor(a, b) is shared
+    after_a, cousin = build(aten.neg.default, a), build(aten.mul.Tensor, x, 4.0)
+    build.graph.output((after_a, b, cousin, stranger))
+    found = Facts(build.graph).latest_common_ancestors(a, [b, after_a, shared, cousin, stranger, a])
+    assert found == {b: shared, after_a: a, shared: shared, cousin: x, a: a}
 
 
 def test_dead_nodes_are_no_users():
