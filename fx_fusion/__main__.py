@@ -6,9 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from fx_fusion.commands import doctor, tune
+from fx_fusion.commands import doctor, explain, tune
 
-COMMANDS = (doctor, tune)
+COMMANDS = (doctor, explain, tune)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

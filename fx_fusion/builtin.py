@@ -12,6 +12,7 @@ from fx_fusion.decline import Decline
 from fx_fusion.facts import Facts
 from fx_fusion.kernels.cache_layout import Size
 from fx_fusion.kernels.contract import Problem, mrope_section
+from fx_fusion.parts import Part, parts
 from fx_fusion.patterns import qk_norm_rope_cache as pattern
 from fx_fusion.patterns.qk_norm_rope_cache import Candidate, Match
 from fx_fusion.patterns.split import Heads
@@ -45,6 +46,10 @@ class QkNormRopeCache:
             check_cache_address(cache)
         check_order(stores)
         check_old_cache(facts, stores, match.operands)
+
+    def parts(self, facts: Facts, match: Match) -> dict[Node, Part]:
+        """The part that each node plays, for ``explain``."""
+        return parts(facts, match)
 
     def rewrite(self, graph: Graph, match: Match, kernel: str) -> None:
         _rewrite.rewrite(graph, match, kernel)

@@ -109,21 +109,21 @@ class FusionReport:
         total = len(self.layers)
         lines = [f"fx_fusion: {len(self.fused)} of {total} layers fused, {len(self.recognised)} recognised"]
         lines[0] += f" (kernel={self.kernel}, {self.nodes} nodes, {self.seconds.get('total', 0.0):.2f} s)"
-        for first, last, layer in _runs(self.layers):
+        for first, last, layer in runs(self.layers):
             name = f"{first}" if first == last else f"{first}-{last}"
             lines.append(f"  {name:>5}  {layer}")
         return "\n".join(lines)
 
 
-def _runs(layers: Sequence[LayerReport]) -> list[tuple[int, int, LayerReport]]:
-    """Neighbours that read the same are shown once."""
-    runs: list[tuple[int, int, LayerReport]] = []
+def runs(layers: Sequence[LayerReport]) -> list[tuple[int, int, LayerReport]]:
+    """(first, last, what both are): neighbours that read the same are shown once."""
+    found: list[tuple[int, int, LayerReport]] = []
     for i, layer in enumerate(layers):
-        if runs and str(runs[-1][2]) == str(layer):
-            runs[-1] = (runs[-1][0], i, layer)
+        if found and str(found[-1][2]) == str(layer):
+            found[-1] = (found[-1][0], i, layer)
         else:
-            runs.append((i, i, layer))
-    return runs
+            found.append((i, i, layer))
+    return found
 
 
 class Reports:

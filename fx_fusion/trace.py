@@ -81,7 +81,7 @@ def explain(fn: Callable[..., Any], *args: Any, target: str | None = None, **kwa
     Raises:
         ValueError: `target` is unknown.
     """
-    return explain_to(NOBODY, fn, args, kwargs, Config(target=target or _home((fn, args, kwargs))))
+    return explain_to(NOBODY, fn, args, kwargs, Config(target=target or home((fn, args, kwargs))))
 
 
 def explain_to(
@@ -159,7 +159,7 @@ def _fakes(mode: FakeTensorMode, value: Any) -> Any:
     return copied
 
 
-def _home(value: Any) -> str:
+def home(value: Any) -> str:
     """The target that the tensors of `value` live on; the meta device stands for the CPU."""
     fn, args, kwargs = value
     parameters = fn.parameters() if isinstance(fn, torch.nn.Module) else ()
