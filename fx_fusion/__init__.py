@@ -7,6 +7,7 @@ from fx_fusion.decline import CODES, Decline
 from fx_fusion.dispatch import KernelUnavailable
 from fx_fusion.fusion_pass import FusionPass
 from fx_fusion.kernels.capture import FirstUseInCapture
+from fx_fusion.meaning import MeaningHandle, declare_meaning
 from fx_fusion.op import qk_norm_rope_cache
 from fx_fusion.registry import Fusion, Handle, register_fusion
 from fx_fusion.report import FusionReport, LayerReport, last_report
@@ -25,12 +26,14 @@ __all__ = [
     "Handle",
     "KernelUnavailable",
     "LayerReport",
+    "MeaningHandle",
     "NotFused",
     "NotWarm",
     "OptionError",
     "QkNormRopeCache",
     "Warmup",
     "__version__",
+    "declare_meaning",
     "explain",
     "last_report",
     "qk_norm_rope_cache",

@@ -14,6 +14,13 @@ CODES: dict[str, str] = {
     "graph.training": "The graph saves values for a backward pass; fusions serve inference graphs only.",
     "graph.disabled": "FX_FUSION_DISABLE is set.",
     "graph.fuel": "FX_FUSION_FUEL allows no further rewrite.",
+    "meaning.hidden": "An operation reads or writes what is not in the graph, so nobody can say what it computes.",
+    "meaning.schema": "A declared meaning does not take the arguments that this version of the operation has.",
+    "meaning.in_place": "An operation with a declared meaning writes in place; a functionalised graph is expected.",
+    "meaning.views": "What an operation writes are views that overlap, or that are no rectangular part of a tensor.",
+    "meaning.raises": "A declared meaning raised, or cannot be traced.",
+    "meaning.outputs": "A declared meaning gives other shapes or dtypes than the operation does.",
+    "meaning.mismatch": "An operation and its declared meaning gave different results when both were run.",
     "store.missing": "The graph writes no KV cache in place (for example a DynamicCache, which concatenates).",
     "store.unknown_writer": "An input is mutated by an operation whose addresses cannot be read.",
     "store.unpaired": "A cache store has no partner: key and value stores are recognised in pairs.",
@@ -58,7 +65,20 @@ CODES: dict[str, str] = {
 }
 
 #: How far a region got, in order; of several attempts the report shows the one that got furthest.
-STAGES = ("graph", "store", "region", "split", "norm", "rope", "proof", "contract", "placement", "report", "internal")
+STAGES = (
+    "graph",
+    "meaning",
+    "store",
+    "region",
+    "split",
+    "norm",
+    "rope",
+    "proof",
+    "contract",
+    "placement",
+    "report",
+    "internal",
+)
 
 
 class Decline(Exception):

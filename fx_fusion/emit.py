@@ -46,7 +46,7 @@ class Emitter:
         node = self._insert(target, args, kwargs)
         fake_args: Any = map_aggregate(node.args, value_of)
         fake_kwargs: Any = map_aggregate(node.kwargs, value_of)
-        with _fake_mode((fake_args, fake_kwargs)):
+        with fake_mode_of((fake_args, fake_kwargs)):
             node.meta["val"] = target(*fake_args, **fake_kwargs)
         return node
 
@@ -124,7 +124,8 @@ def value_of(value: Any) -> Any:
     return value.meta["val"] if isinstance(value, Node) else value
 
 
-def _fake_mode(values: Any) -> contextlib.AbstractContextManager[Any]:
+def fake_mode_of(values: Any) -> contextlib.AbstractContextManager[Any]:
+    """The mode of the first fake tensor among `values`."""
     for value in pytree.tree_leaves(values):
         if isinstance(value, FakeTensor):
             return value.fake_mode

@@ -24,9 +24,11 @@ from fx_fusion.config import Config
 from fx_fusion.decline import Decline, first_source_line, module_path
 from fx_fusion.dispatch import KernelUnavailable, choose, eligibility
 from fx_fusion.facts import Facts
+from fx_fusion.inline import Inlined, inline
 from fx_fusion.kernels import tuned
 from fx_fusion.kernels.contract import Target
 from fx_fusion.kernels.versions import aiter_version, triton_version
+from fx_fusion.meaning import MEANINGS
 from fx_fusion.observer import NOBODY, Observer
 from fx_fusion.registry import REGISTRY, Fusion
 from fx_fusion.report import REPORTS, FusionReport, LayerReport
@@ -64,11 +66,12 @@ class FusionPass(_Base):
         """Changes with everything that the result depends on; None (no caching) while that cannot be told."""
         before = self._before.uuid() if self._before is not None else ()
         registered = REGISTRY.fingerprint()
-        if before is None or registered is None or configuration.fuel() is not None:
+        declared = MEANINGS.fingerprint()
+        if before is None or registered is None or declared is None or configuration.fuel() is not None:
             return None
         versions = triton_version(), aiter_version()
         settings = repr(self._config), configuration.disabled(), tuned.fingerprint()
-        return ("fx_fusion", _source_hash(), versions, registered, settings, before)
+        return ("fx_fusion", _source_hash(), versions, registered, declared, settings, before)
 
 
 def _call(graph_pass: Any, graph: Graph, is_inference: bool | None) -> None:
@@ -86,11 +89,14 @@ def _saves_for_backward(graph: Graph) -> bool:
     )
 
 
+_SUBPACKAGES = ("patterns", "kernels", "meanings")
+
+
 @functools.cache
 def _source_hash() -> str:
     digest = hashlib.sha256(torch.__version__.encode())
     root = Path(__file__).parent
-    for path in sorted(p for folder in (root, root / "patterns", root / "kernels") for p in folder.glob("*.py")):
+    for path in sorted(p for folder in (root, *(root / name for name in _SUBPACKAGES)) for p in folder.glob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -114,12 +120,17 @@ def apply(graph: Graph, config: Config, *, training: bool = False, observer: Obs
     else:
         # Readers compute with real tensors, whatever mode the caller traces in (fake tensors, a default device).
         with _disable_current_modes(), cpu_by_default(), torch.no_grad():
+            inlined = inline(graph)
             for fusion in REGISTRY:
-                done, spent = _apply_fusion(graph, fusion, config, observer)
+                done, spent = _apply_fusion(graph, fusion, config, observer, inlined)
                 layers.extend(done)
                 rewriting += spent
-            if any(layer.state == "rewritten" for layer in layers):
+            layers = _with_meanings(layers, inlined)
+            rewritten = any(layer.state == "rewritten" for layer in layers)
+            inlined.restore(rewritten=rewritten)
+            if rewritten:
                 rewrite.finish(graph)
+            mutated += inlined.hidden_stores
     stores = 0 if any(layer.code == "store.missing" for layer in layers) else mutated
     total = time.perf_counter() - started
     seconds = {"total": total, "rewriting": rewriting, "reading": total - rewriting}
@@ -142,14 +153,24 @@ def _refuse_graph(training: bool) -> Decline | None:
     return None
 
 
-def _apply_fusion(graph: Graph, fusion: Fusion, config: Config, observer: Observer) -> tuple[list[LayerReport], float]:
+def _with_meanings(layers: list[LayerReport], inlined: Inlined) -> list[LayerReport]:
+    """`layers`, and what kept operations opaque, each reason once. A store that is hidden in one is not missing."""
+    declined = {(decline.code, decline.found): _declined("meaning", decline) for decline in reversed(inlined.declined)}
+    if inlined.hidden_stores:
+        layers = [layer for layer in layers if layer.code != "store.missing"]
+    return [*layers, *reversed(declined.values())]
+
+
+def _apply_fusion(
+    graph: Graph, fusion: Fusion, config: Config, observer: Observer, inlined: Inlined
+) -> tuple[list[LayerReport], float]:
     facts = Facts(graph)
     candidates, impossible = fusion.find(facts)
     memo: dict[object, Any] = {}
     layers: list[LayerReport] = []
     matches: list[tuple[int, Any, str]] = []
     for candidate in candidates:
-        layer, match = _read(facts, fusion, candidate, memo, config)
+        layer, match = _read(facts, fusion, candidate, memo, config, inlined)
         if layer.state == "rewritten":
             matches.append((len(layers), match, str(layer.kernel)))
         layers.append(layer)
@@ -175,7 +196,7 @@ def _apply_fusion(graph: Graph, fusion: Fusion, config: Config, observer: Observ
 
 
 def _read(
-    facts: Facts, fusion: Fusion, candidate: Any, memo: dict[object, Any], config: Config
+    facts: Facts, fusion: Fusion, candidate: Any, memo: dict[object, Any], config: Config, inlined: Inlined
 ) -> tuple[LayerReport, Any]:
     try:
         match = fusion.read(facts, candidate, memo)
@@ -195,6 +216,7 @@ def _read(
         node=str(candidate.anchor),
         source=first_source_line([candidate.anchor]),
         module=module_path(candidate.anchor),
+        assumed=inlined.assumed(match),
     )
     target = Target.parse(config.target) if config.target else Target.of(candidate.anchor.meta["val"].device)
     try:

@@ -29,6 +29,7 @@ class LayerReport:
         facts: the same for programs.
         eligible: for each fast kernel, what its contract objects to (None: it could serve on its platform).
         error: largest relative difference to the fused operation in float64.
+        assumed: declared meanings of opaque operations that it rests on, and how each was compared with its operation.
         code, reason, node, source: why not, where; `source` is the user's ``file:line``.
         module: whose forward holds the layer (``layers.0.self_attn``), where it has a name.
     """
@@ -40,6 +41,7 @@ class LayerReport:
     facts: dict[str, Any] = field(default_factory=dict[str, Any])
     eligible: dict[str, str | None] = field(default_factory=dict[str, "str | None"])
     error: float | None = None
+    assumed: list[str] = field(default_factory=list[str])
     code: str | None = None
     reason: str | None = None
     node: str | None = None
@@ -52,7 +54,8 @@ class LayerReport:
             return f"declined    {self.code}: {self.reason}{place}"
         kernel = f" by {self.kernel}" if self.kernel else ""
         why = f"\n      {self.code}: {self.reason}" if self.code else ""
-        return f"{self.state}{kernel}    {self.read}; proved, error {self.error:.1e}{why}"
+        assumed = "".join(f"\n      assumed: {meaning}" for meaning in self.assumed)
+        return f"{self.state}{kernel}    {self.read}; proved, error {self.error:.1e}{assumed}{why}"
 
 
 @dataclass(frozen=True)
