@@ -6,6 +6,7 @@ from fx_fusion.config import Config, OptionError
 from fx_fusion.decline import CODES, Decline
 from fx_fusion.dispatch import KernelUnavailable
 from fx_fusion.fusion_pass import FusionPass
+from fx_fusion.hazards import Hazard, HazardReport, capture_hazards
 from fx_fusion.kernels.capture import FirstUseInCapture
 from fx_fusion.meaning import MeaningHandle, declare_meaning
 from fx_fusion.op import qk_norm_rope_cache
@@ -24,6 +25,8 @@ __all__ = [
     "FusionPass",
     "FusionReport",
     "Handle",
+    "Hazard",
+    "HazardReport",
     "KernelUnavailable",
     "LayerReport",
     "MeaningHandle",
@@ -33,6 +36,7 @@ __all__ = [
     "QkNormRopeCache",
     "Warmup",
     "__version__",
+    "capture_hazards",
     "declare_meaning",
     "explain",
     "last_report",
