@@ -12,13 +12,22 @@ from fx_fusion.decline import Decline
 from fx_fusion.facts import Facts
 from fx_fusion.kernels.cache_layout import Size
 from fx_fusion.kernels.contract import Problem, mrope_section
+from fx_fusion.overlap import may_overlap
 from fx_fusion.parts import Part, parts
 from fx_fusion.patterns import qk_norm_rope_cache as pattern
-from fx_fusion.patterns.qk_norm_rope_cache import Candidate, Match
+from fx_fusion.patterns.cache_store import Addresses, layout
+from fx_fusion.patterns.qk_norm_rope_cache import Candidate, Match, Stored
 from fx_fusion.patterns.split import Heads
-from fx_fusion.placement import check_cache_address, check_convex, check_devices, check_old_cache, check_order
+from fx_fusion.placement import (
+    check_cache_address,
+    check_convex,
+    check_devices,
+    check_old_cache,
+    check_order,
+    check_scales,
+)
 from fx_fusion.region import strip_views
-from fx_fusion.sizes import same
+from fx_fusion.sizes import Sizes, same
 
 
 class QkNormRopeCache:
@@ -40,11 +49,13 @@ class QkNormRopeCache:
     def check(self, facts: Facts, match: Match) -> None:
         stores = [match.key_store.store, match.value_store.store]
         caches = [store.cache for store in stores]
+        check_scales(match.scales, caches[0])
         check_devices([*match.operands, *caches])
         check_convex(facts, match.operands, match.results)
         for cache in dict.fromkeys(caches):
             check_cache_address(cache)
         check_order(stores)
+        _check_apart(facts, match)
         check_old_cache(facts, stores, match.operands)
 
     def parts(self, facts: Facts, match: Match) -> dict[Node, Part]:
@@ -53,6 +64,26 @@ class QkNormRopeCache:
 
     def rewrite(self, graph: Graph, match: Match, kernel: str) -> None:
         _rewrite.rewrite(graph, match, kernel)
+
+
+def _check_apart(facts: Facts, match: Match) -> None:
+    """A call stores keys and values at once: in one tensor, they must not share an element."""
+    key, value = match.key_store, match.value_store
+    if key.store.cache is not value.store.cache:
+        return
+    for sizes in facts.sizes:
+        regions = [_region(stored.addresses, sizes) for stored in (key, value)]
+        if may_overlap(*regions[0], *regions[1]):
+            found = (
+                f"{key.store.writer} and {value.store.writer} store into parts of {key.store.cache} that share elements"
+            )
+            raise Decline("store.overlap", found, [key.store.writer, value.store.writer])
+
+
+def _region(addresses: Addresses, sizes: Sizes) -> tuple[list[tuple[int, int]], int]:
+    """Every element that a store may reach: (size, stride) of each dimension, and the first one's place."""
+    dims = [(sizes.concrete(n), sizes.concrete(stride)) for n, stride in layout(addresses).dims]
+    return dims, sizes.concrete(addresses.offset)
 
 
 def _problem(match: Match) -> Problem:
@@ -69,7 +100,7 @@ def _problem(match: Match) -> Problem:
         q_eps=query.norm.eps,
         k_eps=key.norm.eps,
         dtype=_dtype(match.query.data),
-        cache_dtype=_dtype(match.key_store.store.cache),
+        cache_dtype=match.key_store.dtype,
         weight_dtypes=(_weight_dtype(query.norm.weight), _weight_dtype(key.norm.weight)),
         angle_dtype=_dtype(angles),
         packed_qkv=_is_packed(match),
@@ -77,13 +108,15 @@ def _problem(match: Match) -> Problem:
         positions_dtype=_dtype(lookup.positions) if lookup else None,
         num_axes=lookup.num_axes if lookup else 0,
         axes=lookup.axes if lookup else (),
-        slots_dtype=_dtype(addresses.slots.node),
+        slots_dtype=_dtype(match.slots.node) if match.slots.node is not None else torch.int64,
         separate_blocks=addresses.blocks is not None,
         per_sequence_cache=addresses.blocks is None and not same(addresses.size[:1], [1]),
         cache_stride=tuple(map(_number, addresses.stride)),
         return_k=match.return_k,
-        skip_negative_slots=False,
+        skip_negative_slots=addresses.stored is not None,
         block_size=_number(addresses.size[1]) if addresses.blocks is not None else None,
+        scaled=any(stored.scale is not None for stored in (match.key_store, match.value_store)),
+        scale_on_device=bool(match.scales),
         num_tokens=_number(match.grid[0] * match.grid[1]),
     )
 
@@ -134,7 +167,7 @@ def _is_packed_table(match: Match) -> bool:
 
 
 def _facts(match: Match, problem: Problem) -> dict[str, Any]:
-    key, lookup = match.key_heads, match.lookup
+    key, lookup, addresses = match.key_heads, match.lookup, match.key_store.addresses
     section = mrope_section(lookup.axes) if lookup and lookup.num_axes == 3 else None
     return {
         "num_heads": problem.num_heads,
@@ -162,9 +195,15 @@ def _facts(match: Match, problem: Problem) -> dict[str, Any]:
         "cache_dtype": str(problem.cache_dtype),
         "cache_size": [str(size) for size in match.key_store.addresses.size],
         "cache_stride": [str(stride) for stride in match.key_store.addresses.stride],
+        "k_scale": _scale(match.key_store),
+        "v_scale": _scale(match.value_store),
+        "saturate": match.saturate,
+        "masked": addresses.stored is not None,
         "index_arithmetic": _computes_indices(match),
         "addressed_by": "block and offset"
         if problem.separate_blocks
+        else "slice"
+        if match.slots.node is None
         else "slot in each sequence's cache"
         if problem.per_sequence_cache
         else "slot",
@@ -175,8 +214,12 @@ def _facts(match: Match, problem: Problem) -> dict[str, Any]:
 def _computes_indices(match: Match) -> bool:
     """Are slots computed in the graph? That arithmetic stays outside the call, as a small kernel of its own."""
     addresses = match.key_store.addresses
-    indices = [index for index in (addresses.slots, addresses.blocks) if index is not None]
-    return any(strip_views(index.node).op != "placeholder" for index in indices)
+    indices = [index for index in (match.slots, addresses.blocks) if index is not None]
+    return any(index.node is not None and strip_views(index.node).op != "placeholder" for index in indices)
+
+
+def _scale(stored: Stored) -> float | str | None:
+    return str(stored.scale) if isinstance(stored.scale, Node) else stored.scale
 
 
 def _columns(heads: Heads) -> str:
@@ -193,6 +236,17 @@ def _norm_words(norm: dict[str, Any] | None) -> str:
     return f"RMSNorm of q {q_eps or 'none'}, of k {k_eps or 'none'}{weight}"
 
 
+def _conversion_words(facts: dict[str, Any]) -> list[str]:
+    """What the cache gets if not the very values."""
+    scaled = [f"{name} / {facts[f'{name}_scale']}" for name in ("k", "v") if facts[f"{name}_scale"] is not None]
+    words = [" and ".join(scaled)] if scaled else []
+    if facts["cache_dtype"] != facts["dtype"]:
+        words.append(
+            f"as {facts['cache_dtype'].removeprefix('torch.')}" + (", saturating" if facts["saturate"] else "")
+        )
+    return [" ".join(words)] if words else []
+
+
 def _words(facts: dict[str, Any]) -> str:
     norm = facts["norm"]
     mrope = facts["mrope_section"]
@@ -206,6 +260,8 @@ def _words(facts: dict[str, Any]) -> str:
             else f"angles by {facts['angles']}"
         ),
         f"cache [{', '.join(facts['cache_size'])}] by {facts['addressed_by']}"
-        + (" (computed in the graph)" if facts["index_arithmetic"] else ""),
+        + (" (computed in the graph)" if facts["index_arithmetic"] else "")
+        + (", some tokens masked" if facts["masked"] else ""),
+        *_conversion_words(facts),
     ]
     return ", ".join(parts)

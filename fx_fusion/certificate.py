@@ -7,7 +7,7 @@ every dtype on it must round no more coarsely, and compute no more finely, than 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 from torch.fx import Node
@@ -40,15 +40,17 @@ def certify(branch: Branch) -> None:
         raise Decline("rope.output_dtype", found, [branch.out])
 
 
-def certify_copy(nodes: Iterable[Node], source: torch.dtype, final: torch.dtype) -> None:
-    """Raise Decline unless `nodes` only move values, and cast them at most once for good: to `final`."""
+def certify_copy(nodes: Iterable[Node], conversion: Collection[Node], source: torch.dtype, final: torch.dtype) -> None:
+    """Raise Decline unless `nodes` only move values, but for the steps of their `conversion`, which may round coarser
+    than `source` only for good: to `final`.
+    """
     for node in nodes:
         if opset.is_movement(node):
             continue
-        if not opset.is_cast(node):
+        if node not in conversion:
             raise Decline("split.v_not_copied", f"{node} ({node.target}) changes a value that should be copied", [node])
-        dtype = node.meta["val"].dtype
-        if dtype != final and torch.promote_types(dtype, source) != dtype:
+        dtype: torch.dtype = node.meta["val"].dtype
+        if dtype != final and dtype.is_floating_point and not opset.holds(dtype, source):
             found = f"{node} rounds to {dtype} on the way from {source} to {final}"
             raise Decline("proof.rounding", found, [node])
 
@@ -59,7 +61,7 @@ def _certify_dtype(node: Node, data_dtype: torch.dtype) -> None:
         return
     if not value.is_floating_point():
         raise Decline("proof.not_analytic", f"{node} turns data into {value.dtype}", [node])
-    if torch.promote_types(value.dtype, data_dtype) != value.dtype:
+    if not opset.holds(value.dtype, data_dtype):
         found = f"{node} is {value.dtype}, coarser than the projection's {data_dtype}"
         raise Decline("proof.rounding", found, [node])
     if value.dtype == torch.float64 and data_dtype != torch.float64:

@@ -46,7 +46,7 @@ class Emitter:
         node = self._insert(target, args, kwargs)
         fake_args: Any = map_aggregate(node.args, value_of)
         fake_kwargs: Any = map_aggregate(node.kwargs, value_of)
-        with fake_mode_of((fake_args, fake_kwargs)):
+        with fake_mode_of((fake_args, fake_kwargs, self._origin.meta.get("val"))):
             node.meta["val"] = target(*fake_args, **fake_kwargs)
         return node
 

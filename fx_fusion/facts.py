@@ -17,7 +17,7 @@ class Facts:
     """Computed once for a graph; read-only afterwards.
 
     Inductor runs no common-subexpression elimination in inference, so the same lookup recurs for q, for k and in
-    every layer. `value_number` makes such nodes equal: two nodes with one number hold the same value.
+    every layer. `value_number` makes such nodes equal: two nodes with one number (of `numbers`) hold the same value.
     """
 
     def __init__(self, graph: Graph) -> None:
@@ -26,17 +26,17 @@ class Facts:
         self.order: dict[Node, int] = {node: i for i, node in enumerate(self.nodes)}
         self.live: frozenset[Node] = frozenset(_live(self.nodes))
         self.sizes: list[Sizes] = admissible_sizes(self.nodes)
-        self._number: dict[Node, int] = _value_numbers(self.nodes)
+        self.numbers: dict[Node, int] = _value_numbers(self.nodes)
         self._first: dict[int, Node] = {}
         for node in self.nodes:
-            self._first.setdefault(self._number[node], node)
+            self._first.setdefault(self.numbers[node], node)
 
     def value_number(self, node: Node) -> int:
-        return self._number[node]
+        return self.numbers[node]
 
     def canonical(self, node: Node) -> Node:
         """The first node of the graph that holds the same value."""
-        return self._first[self._number[node]]
+        return self._first[self.numbers[node]]
 
     def users(self, node: Node) -> list[Node]:
         """Live users of `node`, in graph order."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fx_fusion.kernels import aiter, reference, triton
-from fx_fusion.kernels.cache_layout import CacheLayout
+from fx_fusion.kernels.cache_layout import CacheLayout, as_float8
 from fx_fusion.kernels.capture import only_warm
 
 _LIBRARY = torch.library.Library("fx_fusion", "DEF")
@@ -23,7 +23,7 @@ SCHEMA = (
     "Tensor? positions, Tensor slots, Tensor? blocks, Tensor? k_scale, Tensor? v_scale, Tensor(a!) k_cache, "
     "Tensor(b!) v_cache, *, SymInt[] k_layout, SymInt[] v_layout, float? k_scale_value, float? v_scale_value, "
     "float? q_eps, float? k_eps, bool gemma_norm, int rotary_dim, bool is_neox, int[] axes, bool saturate, "
-    "bool skip_negative_slots, bool return_k, str implementation) -> (Tensor, Tensor)"
+    "bool skip_negative_slots, bool return_k, str implementation, str? float8=None) -> (Tensor, Tensor)"
 )
 
 _LIBRARY.define(SCHEMA, tags=(torch.Tag.needs_exact_strides,))
@@ -61,6 +61,7 @@ def qk_norm_rope_cache(
     skip_negative_slots: bool = False,
     return_k: bool = False,
     implementation: str = "reference",
+    float8: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Normalise and rotate every head of q and k, and store k and v in their caches, in one call.
 
@@ -91,6 +92,7 @@ def qk_norm_rope_cache(
         skip_negative_slots: a negative slot stores nothing; else it counts from the end, as in PyTorch.
         return_k: also return the rotated k, for every token.
         implementation: which kernel runs: ``"reference"`` or ``"triton"``.
+        float8: what the bytes of caches are, ``"float8_e4m3fn"`` for example, if their dtype does not say so (uint8).
 
     An index outside its table or cache: the reference raises ``IndexError`` (on a GPU, a device-side assertion). The
     Triton kernel reads and writes nothing there: such a slot stores nothing, such a position gives NaN in every lane
@@ -110,7 +112,7 @@ def qk_norm_rope_cache(
         k_layout=CacheLayout.of(k_cache, "k_cache"), v_layout=CacheLayout.of(v_cache, "v_cache"),
         k_scale_value=k_number, v_scale_value=v_number, q_eps=q_eps, k_eps=k_eps, gemma_norm=gemma_norm,
         rotary_dim=rotary_dim, is_neox=is_neox, axes=axes, saturate=saturate, skip_negative_slots=skip_negative_slots,
-        return_k=return_k, implementation=implementation,
+        return_k=return_k, implementation=implementation, float8=float8,
     )  # fmt: skip
 
 
@@ -119,15 +121,22 @@ def _scale(scale: Tensor | float | None) -> tuple[Tensor | None, float | None]:
 
 
 def run(
-    *operands: Any, k_layout: Sequence[int], v_layout: Sequence[int], implementation: str, **options: Any
+    *operands: Any,
+    k_layout: Sequence[int],
+    v_layout: Sequence[int],
+    implementation: str,
+    float8: str | None = None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     if implementation not in _KERNELS:
         raise ValueError(
             f"qk_norm_rope_cache: implementation must be one of {sorted(_KERNELS)}, got {implementation!r}"
         )
     layouts = {"k_layout": CacheLayout(*k_layout), "v_layout": CacheLayout(*v_layout)}
+    *rest, k_cache, v_cache = operands
+    caches = (as_float8(k_cache, float8), as_float8(v_cache, float8))
     with only_warm(f"the kernel {implementation}"):
-        return _KERNELS[implementation](*operands, **layouts, **options)
+        return _KERNELS[implementation](*rest, *caches, **layouts, **options)
 
 
 def _fake(q: Tensor, k: Tensor, *_: Tensor | None, return_k: bool, **__: object) -> tuple[Tensor, Tensor]:

@@ -29,10 +29,11 @@ MOVEMENT = frozenset(
     }
 )  # fmt: skip
 
-#: The members of MOVEMENT that alias their input: a chain of them over a cache is an address, never a copy.
-VIEW = MOVEMENT - {
-    aten.clone.default, aten.flip.default, aten.roll.default, aten.repeat.default, prims.rev.default,
-}  # fmt: skip
+#: What aliases its input: a chain of them over a cache is an address, never a copy.
+VIEW = MOVEMENT - {aten.clone.default, aten.flip.default, aten.roll.default, aten.repeat.default, prims.rev.default} | {
+    aten.as_strided.default,
+    aten.view.dtype,
+}
 
 #: Several tensors in, their values out.
 JOIN = frozenset(
@@ -72,6 +73,23 @@ def is_movement(node: Node) -> bool:
 
 def is_cast(node: Node) -> bool:
     return node.op == "call_function" and node.target in CAST
+
+
+def is_reinterpretation(node: Node) -> bool:
+    """Does `node` take the bytes of each element for another dtype of the same size?"""
+    if node.op != "call_function" or node.target is not aten.view.dtype:
+        return False
+    source = node.args[0]
+    return isinstance(source, Node) and source.meta["val"].dtype.itemsize == node.meta["val"].dtype.itemsize
+
+
+def holds(dtype: torch.dtype, other: torch.dtype) -> bool:
+    """Does the float `dtype` hold every number of the float `other`?"""
+    if dtype == other:
+        return True
+    if 1 in (dtype.itemsize, other.itemsize):  # PyTorch promotes no float8
+        return dtype.itemsize >= 4
+    return torch.promote_types(dtype, other) == dtype
 
 
 def is_join(node: Node) -> bool:

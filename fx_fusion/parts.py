@@ -109,8 +109,8 @@ def _store_parts(facts: Facts, name: str, out: Node, stored: Stored) -> dict[Nod
 def _address_words(stored: Stored) -> str:
     addresses = stored.addresses
     if addresses.blocks is not None:
-        return f"at block {addresses.blocks.node}, offset {addresses.slots.node}"
-    return f"at slot {addresses.slots.node}"
+        return f"at block {addresses.blocks}, offset {addresses.slots}"
+    return f"at slot {addresses.slots}" if addresses.slots.node is not None else "in a slice"
 
 
 # --- what the call reads --------------------------------------------------------------------------------------------
@@ -138,9 +138,17 @@ def _operand_parts(match: Match) -> Iterator[tuple[Node, Part]]:
             yield heads.norm.weight, Part("operand", name, f"RMSNorm weight of {name}: {_norm_words(heads)}")
     yield from _angle_parts(match)
     addresses = match.key_store.addresses
-    if addresses.blocks is not None:
-        yield addresses.blocks.node, Part("operand", "", "block of each token")
-    yield addresses.slots.node, Part("operand", "", "offset in its block" if addresses.blocks else "slot of each token")
+    indices = (
+        (addresses.blocks, "block of each token"),
+        (match.slots, "offset in its block" if addresses.blocks else "slot of each token"),
+        (addresses.stored and addresses.stored.index, "is each token stored?"),
+    )
+    for index, words in indices:
+        if index is not None and index.node is not None:
+            yield index.node, Part("operand", "", words)
+    for name, stored in (("k", match.key_store), ("v", match.value_store)):
+        if isinstance(stored.scale, Node):
+            yield stored.scale, Part("operand", name, f"{name} is divided by it before it is stored")
     caches = {match.key_store.store.cache: "k cache"}
     value_cache = match.value_store.store.cache
     caches[value_cache] = "k and v cache" if value_cache in caches else "v cache"

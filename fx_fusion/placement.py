@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch.fx import Node
@@ -10,7 +10,7 @@ from torch.fx import Node
 from fx_fusion import opset
 from fx_fusion.decline import Decline
 from fx_fusion.facts import Facts
-from fx_fusion.region import Store
+from fx_fusion.stores import Store
 
 
 def check_devices(operands: Iterable[Node]) -> None:
@@ -21,6 +21,16 @@ def check_devices(operands: Iterable[Node]) -> None:
     if len(places) > 1:
         found = ", ".join(f"{node} on {device}" for device, node in places.items())
         raise Decline("placement.device", f"expected every operand on one device, found {found}", list(places.values()))
+
+
+def check_scales(scales: Sequence[Node], cache: Node) -> None:
+    """A scale that is a tensor is read where the kernel runs: one on the CPU would be copied there at every call."""
+    device = cache.meta["val"].device
+    for scale in scales:
+        place = scale.meta["val"].device
+        if place.type == "cpu" != device.type:
+            found = f"the scale {scale} is a tensor on the CPU, {cache} lies on {device}"
+            raise Decline("placement.scale_on_device", f"{found}; expected a number, or a tensor there", [scale])
 
 
 def check_convex(facts: Facts, operands: Sequence[Node], results: Iterable[Node]) -> None:
@@ -61,6 +71,7 @@ def check_order(stores: Sequence[Store]) -> None:
 def _readers(facts: Facts, base: Node, stores: Sequence[Store]) -> Iterable[Node]:
     """Who reads `base` through views, but for the stores themselves."""
     writers = {store.writer for store in stores}
+    replaced = {step for store in stores for step in store.last_steps}
     scatters = {scatter for store in stores for scatter in store.scatters}
     stack = [base]
     while stack:
@@ -68,10 +79,16 @@ def _readers(facts: Facts, base: Node, stores: Sequence[Store]) -> Iterable[Node
         for user in facts.users(node):
             if user.target in opset.VIEW:
                 stack.append(user)
-            elif user in scatters or (user in writers and user.args[0] is node):
+            elif user in scatters or (user in writers and user.args[0] is node) or _only_feeds(facts, user, replaced):
                 continue
             elif user.target is not opset.aten.copy_.default:
                 yield user
+
+
+def _only_feeds(facts: Facts, node: Node, replaced: Collection[Node]) -> bool:
+    """Is `node` used only by steps that the call replaces (what a masked store puts back)?"""
+    users = facts.users(node)
+    return bool(users) and all(user in replaced for user in users)
 
 
 def check_cache_address(cache: Node) -> None:

@@ -2,7 +2,6 @@
 
 Words used throughout:
 
-* a *store* writes a value into a cache that is a graph input;
 * *data* is the value a branch starts from: the projection's output, after bias, dequantisation or LoRA;
 * a *branch* is everything on a path from data to one value (the rotated query, the rotated key);
 * the *frontier* is what feeds a branch without depending on its data: weights, cosine and sine, constants.
@@ -10,9 +9,8 @@ Words used throughout:
 
 from __future__ import annotations
 
-import heapq
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,40 +23,6 @@ from fx_fusion.decline import Decline
 from fx_fusion.facts import Facts, freeze
 from fx_fusion.opset import aten
 from fx_fusion.sizes import Sizes
-
-
-@dataclass(frozen=True)
-class Store:
-    """``writer`` puts ``value`` into ``view``, a view of the graph input ``cache``, which is then updated in place.
-
-    Where the view is but a part of the cache (keys and values, or several layers, in one tensor), ``scatters`` put the
-    part back, the innermost first.
-    """
-
-    cache: Node
-    view: Node
-    writer: Node
-    value: Node
-    scatters: tuple[Node, ...] = ()
-
-    @property
-    def base(self) -> Node:
-        """The cache's value before this store: ``cache`` itself, or what an earlier store left."""
-        return strip_aliases(self.view)
-
-    @property
-    def after(self) -> Node:
-        """The cache's value after this store, as far as the graph names it."""
-        return self.scatters[-1] if self.scatters else self.writer
-
-    @property
-    def views(self) -> list[Node]:
-        """The steps from ``base`` to ``view``."""
-        return alias_steps(self.base, self.view)
-
-    def part(self, scatter: Node) -> list[Node]:
-        """The steps from ``base`` to the part of it that `scatter` changes a part of."""
-        return alias_steps(self.base, _node(scatter.args[0]))
 
 
 @dataclass(frozen=True)
@@ -76,93 +40,6 @@ class Branch:
 
     def tokens(self, sizes: Sizes) -> int:
         return torch.Size(sizes.shape(self.projection.meta["val"])[:-1]).numel()
-
-
-WRITERS = frozenset({aten.index_put.default})
-#: What puts a part back, and the view that takes that part out.
-SCATTERS: dict[Any, Any] = {aten.select_scatter.default: aten.select.int, aten.slice_scatter.default: aten.slice.Tensor}
-
-
-def find_stores(facts: Facts) -> tuple[list[Store], list[Decline]]:
-    """Every in-place cache store of the graph, and a decline for each floating-point input mutated some other way."""
-    stores: list[Store] = []
-    declined: list[Decline] = []
-    for node in facts.nodes:
-        if node.op != "call_function" or node.target is not aten.copy_.default:
-            continue
-        cache, final = _node(node.args[0]), _node(node.args[1])
-        if not opset.is_float_tensor(cache):
-            continue
-        chain = _stores_into(cache, final)
-        if isinstance(chain, list):
-            stores.extend(chain)
-            continue
-        found = f"the input {cache} is mutated by {chain.target}, not by an index_put into a view of it"
-        declined.append(Decline("store.unknown_writer", found, [chain]))
-    return stores, declined
-
-
-def _stores_into(cache: Node, final: Node) -> list[Store] | Node:
-    """The stores that make `final` of `cache`, the first one first; or the step that is no store."""
-    found: list[Store] = []
-    node = strip_aliases(final)
-    while node is not cache:
-        store = _read_store(cache, node)
-        # Only a part of a cache may be stored into again: a second store into all of it is another layer's.
-        if store is None or (not store.scatters and store.base is not cache):
-            return node
-        found.append(store)
-        node = store.base
-    return found[::-1]
-
-
-def _read_store(cache: Node, node: Node) -> Store | None:
-    scatters: list[Node] = []
-    writer = node
-    while writer.target in SCATTERS:
-        scatters.append(writer)
-        writer = strip_aliases(writer.args[1])
-    if writer.target not in WRITERS:
-        return None
-    store = Store(cache, _node(writer.args[0]), writer, _node(writer.args[2]), tuple(scatters[::-1]))
-    if any(strip_aliases(scatter.args[0]) is not store.base for scatter in scatters):
-        return None
-    if scatters and scatters[0].args[0] is not store.base:
-        return None
-    return store
-
-
-def pair_stores(facts: Facts, stores: Sequence[Store]) -> tuple[list[tuple[Store, Store, Node]], list[Store]]:
-    """Stores of one layer, with the value they both come from; and the stores left over.
-
-    All stores walk towards the inputs together, latest node first. The hidden state of a layer depends on everything
-    before it, so the stores of a later layer meet, and leave the walk, before those of an earlier layer do.
-    """
-    carried: dict[Node, dict[int, None]] = {}
-    heap: list[int] = []
-
-    def visit(node: Node, tags: Iterable[int]) -> None:
-        if node not in carried:
-            carried[node] = {}
-            heapq.heappush(heap, -facts.order[node])
-        carried[node].update(dict.fromkeys(tags))
-
-    for i, store in enumerate(stores):
-        visit(store.value, [i])
-    pairs: list[tuple[Store, Store, Node]] = []
-    met: set[int] = set()
-    while heap:
-        node = facts.nodes[-heapq.heappop(heap)]
-        tags = [tag for tag in carried.pop(node) if tag not in met]
-        if len(tags) == 2:
-            a, b = sorted(tags)
-            pairs.append((stores[a], stores[b], strip_views(node)))
-            met.update(tags)
-            continue
-        for parent in node.all_input_nodes if tags else ():
-            visit(parent, tags)
-    pairs.reverse()
-    return pairs, [store for i, store in enumerate(stores) if i not in met]
 
 
 def branch_between(facts: Facts, projection: Node, data: Node, out: Node) -> Branch:
@@ -264,7 +141,7 @@ def widens(node: Node) -> bool:
     if not opset.is_cast(node):
         return False
     source, target = _node(node.args[0]).meta["val"].dtype, node.meta["val"].dtype
-    return source.is_floating_point and torch.promote_types(source, target) == target
+    return source.is_floating_point and target.is_floating_point and opset.holds(target, source)
 
 
 def strip_aliases(node: Any) -> Node:
@@ -372,19 +249,8 @@ def _in_a_later_layer(facts: Facts, first: Node, second: Node) -> bool:
     return any(opset.is_opaque(node) for node in facts.between(first, [second])[1:])
 
 
-def tell_key_from_value(facts: Facts, a: Store, b: Store, origin: Node) -> tuple[Store, Store]:
-    """The key is rotated: more tensors besides the data feed it. Raises Decline if neither or both could be."""
-    wide_a, wide_b = (_angles_after_projection(facts, origin, store.value) for store in (a, b))
-    if wide_a == wide_b:
-        found = (
-            f"{a.value} and {b.value} are both fed by {wide_a} tensors besides their data; "
-            "expected a rotated key and a copied value"
-        )
-        raise Decline("rope.missing" if wide_a == 0 else "split.v_not_copied", found, [a.value, b.value])
-    return (a, b) if wide_a > wide_b else (b, a)
-
-
-def _angles_after_projection(facts: Facts, origin: Node, out: Node) -> int:
+def angles_after_projection(facts: Facts, origin: Node, out: Node) -> int:
+    """How many tensors with angles (or a norm's weight) feed the way from the last projection to `out`?"""
     path = facts.between(origin, [out])
     inside = set(path)
     tail = {out}

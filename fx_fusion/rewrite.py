@@ -14,14 +14,16 @@ from fx_fusion import opset
 from fx_fusion.call import insert
 from fx_fusion.emit import EMITTED, Emitter, take
 from fx_fusion.facts import Facts
-from fx_fusion.kernels.cache_layout import CacheLayout
-from fx_fusion.opset import aten
-from fx_fusion.patterns.cache_store import Index
+from fx_fusion.opset import aten, prims
+from fx_fusion.patterns.cache_store import Addresses, Index, layout
 from fx_fusion.patterns.mrope import Lanes
-from fx_fusion.patterns.qk_norm_rope_cache import Match, Stored
+from fx_fusion.patterns.qk_norm_rope_cache import Match
 from fx_fusion.patterns.rotated_heads import RotatedHeads
 from fx_fusion.patterns.split import Heads
-from fx_fusion.region import Store
+from fx_fusion.stores import Store
+
+#: What slots are computed with where the graph does not hold them.
+_INDEX_ARITHMETIC = (prims.iota.default, aten.add.Tensor, aten.lt.Scalar, aten.where.self, aten.full.default)
 
 Grid = tuple[int | torch.SymInt, int | torch.SymInt]
 
@@ -78,7 +80,8 @@ def _share_views(graph: Graph) -> None:
     """Views that the calls of several layers need alike become one, so that what they view is computed once."""
     facts = Facts(graph)
     for node in facts.nodes:
-        if node.meta.get(EMITTED) and node.target in opset.VIEW and facts.canonical(node) is not node:
+        shared = node.target in opset.VIEW or node.target in _INDEX_ARITHMETIC
+        if node.meta.get(EMITTED) and shared and facts.canonical(node) is not node:
             node.replace_all_uses_with(facts.canonical(node))
 
 
@@ -106,10 +109,10 @@ def _operands(emit: Emitter, match: Match) -> dict[str, Node | None]:
         "cos": cos,
         "sin": sin,
         "positions": positions,
-        "slots": _take_index(emit, addresses.slots, grid),
+        "slots": _take_slots(emit, match.slots, addresses, grid, value.data.meta["val"].device),
         "blocks": addresses.blocks and _take_index(emit, addresses.blocks, grid),
-        "k_scale": None,
-        "v_scale": None,
+        "k_scale": _tensor(match.key_store.scale),
+        "v_scale": _tensor(value.scale),
     }
 
 
@@ -117,25 +120,36 @@ def _options(match: Match) -> dict[str, Any]:
     """What the call is told besides its tensors, named as in the operation's schema."""
     query, key, lookup, rope = match.query_heads, match.key_heads, match.lookup, match.rope
     return {
-        "k_layout": _layout(match.key_store),
-        "v_layout": _layout(match.value_store),
-        "k_scale_value": None,
-        "v_scale_value": None,
+        "k_layout": layout(match.key_store.addresses),
+        "v_layout": layout(match.value_store.addresses),
+        "k_scale_value": _number(match.key_store.scale),
+        "v_scale_value": _number(match.value_store.scale),
         "q_eps": query.norm.eps,
         "k_eps": key.norm.eps,
         "gemma_norm": any(heads.norm.weight is not None and heads.norm.gemma for heads in (query, key)),
         "rotary_dim": rope.rotary_dim,
         "is_neox": rope.is_neox,
         "axes": list(lookup.axes) if lookup else [0] * (rope.rotary_dim // 2),
-        "saturate": False,
-        "skip_negative_slots": False,
+        "saturate": match.saturate,
+        "skip_negative_slots": match.key_store.addresses.stored is not None,
+        **_format(match),
     }
 
 
-def _layout(stored: Stored) -> CacheLayout:
-    """Where the cache lies in its graph input."""
-    addresses = stored.addresses
-    return CacheLayout(*addresses.size, *addresses.stride, addresses.offset)
+def _tensor(scale: float | Node | None) -> Node | None:
+    return scale if isinstance(scale, Node) else None
+
+
+def _number(scale: float | Node | None) -> float | None:
+    return None if isinstance(scale, Node) else scale
+
+
+def _format(match: Match) -> dict[str, str]:
+    """The float8 that the caches hold, where their dtype does not say so."""
+    for stored in (match.key_store, match.value_store):
+        if stored.dtype != stored.store.cache.meta["val"].dtype:
+            return {"float8": str(stored.dtype).removeprefix("torch.")}
+    return {}
 
 
 def _take_heads(emit: Emitter, data: Node, heads: Heads, grid: Grid) -> Node:
@@ -159,8 +173,31 @@ def _take_columns(emit: Emitter, table: Node, offset: int, step: int, count: int
     return emit.call(aten.slice.Tensor, table, 1, offset, offset + step * (count - 1) + 1, step)
 
 
+def _take_slots(emit: Emitter, index: Index, addresses: Addresses, grid: Grid, device: torch.device) -> Node:
+    """[B or 1, S]: where each token goes; -1 for one that is not stored."""
+    if index.node is None:
+        batch, seq = _rows(grid, index.per_batch)
+        numbers = emit.call(
+            prims.iota.default, batch * seq, start=0, step=1, dtype=torch.int64, device=device, requires_grad=False
+        )
+        slots = emit.call(aten.reshape.default, numbers, [batch, seq])
+    else:
+        slots = _take_index(emit, index, grid)
+    stored = addresses.stored
+    if stored is None or stored.by_sign:
+        return slots
+    flag = _take_index(emit, stored.index, grid)
+    # A slot may count from the end; what is negative after this is not stored.
+    from_end = emit.call(aten.add.Tensor, slots, emit.size(addresses.size[1]))
+    slots = emit.call(aten.where.self, emit.call(aten.lt.Scalar, slots, 0), from_end, slots)
+    dtype = slots.meta["val"].dtype
+    nowhere = emit.call(aten.full.default, [], -1, dtype=dtype, device=device, pin_memory=False)
+    return emit.call(aten.where.self, flag, *((nowhere, slots) if stored.inverted else (slots, nowhere)))
+
+
 def _take_index(emit: Emitter, index: Index, grid: Grid) -> Node:
     """[B or 1, S]"""
+    assert index.node is not None
     return emit.call(aten.reshape.default, index.node, list(_rows(grid, index.per_batch)))
 
 

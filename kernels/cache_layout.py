@@ -61,14 +61,32 @@ class CacheLayout(NamedTuple):
             slot_group=group, slot_group_stride=group_stride,
         )  # fmt: skip
 
-    def view(self, cache: Tensor) -> Tensor:
-        """[num_blocks, block_size, Hk, D] of `cache`; grouped slots and lanes are two dimensions each."""
+    @property
+    def dims(self) -> list[tuple[Size, Size]]:
+        """(size, stride) of blocks, slots, heads and lanes; grouped slots and lanes are two dimensions each."""
         slots = _split(self.block_size, self.slot_stride, self.slot_group, self.slot_group_stride)
         lanes = _split(self.head_dim, self.lane_stride, self.lane_group, self.lane_group_stride)
-        dims = [(self.num_blocks, self.block_stride), *slots, (self.num_heads, self.head_stride), *lanes]
-        sizes, strides = zip(*dims, strict=True)
+        return [(self.num_blocks, self.block_stride), *slots, (self.num_heads, self.head_stride), *lanes]
+
+    def view(self, cache: Tensor) -> Tensor:
+        """[num_blocks, block_size, Hk, D] of `cache`; grouped slots and lanes are two dimensions each."""
+        sizes, strides = zip(*self.dims, strict=True)
         return cache.as_strided(sizes, strides, cache.storage_offset() + self.offset)
 
 
 def _split(size: Size, stride: Size, group: int, group_stride: Size) -> list[tuple[Size, Size]]:
     return [(size // group, group_stride), (group, stride)] if group else [(size, stride)]
+
+
+def as_float8(cache: Tensor, name: str | None) -> Tensor:
+    """`cache`, its bytes taken for the float8 of this name; unchanged where no name is given, or it holds no bytes.
+
+    Raises:
+        ValueError: PyTorch has no such float8.
+    """
+    if name is None or cache.dtype.itemsize != 1:
+        return cache
+    dtype = getattr(torch, name, None)
+    if not name.startswith("float8") or not isinstance(dtype, torch.dtype):
+        raise ValueError(f"float8: expected the name of a float8 of PyTorch's, such as 'float8_e4m3fn', got {name!r}")
+    return cache.view(dtype)

@@ -125,7 +125,7 @@ def lane_axes(axes: Sequence[int], width: int, rotary_dim: int, is_neox: bool) -
 
 
 #: Each float8: the largest magnitude that still rounds to a number, and the byte of what is beyond.
-_FLOAT8_RANGE = {
+FLOAT8_RANGE = {
     torch.float8_e4m3fn: (464.0, 0x7F),
     torch.float8_e4m3fnuz: (math.nextafter(248.0, 0.0), 0x80),
     torch.float8_e5m2: (math.nextafter(61440.0, 0.0), 0x7C),
@@ -139,14 +139,14 @@ def to_cache(value: Tensor, dtype: torch.dtype, scale: Tensor | float | None, sa
     """
     if scale is not None:
         value = value.to(torch.promote_types(value.dtype, torch.float32)) / scale
-    if dtype not in _FLOAT8_RANGE:
+    if dtype not in FLOAT8_RANGE:
         return value.to(dtype)
     largest = torch.finfo(dtype).max
     stored = value.clamp(-largest, largest).to(dtype)
     if saturate:
         return stored
     # Not left to ``Tensor.to``, which saturates in some versions of PyTorch and on some devices.
-    last, beyond = _FLOAT8_RANGE[dtype]
+    last, beyond = FLOAT8_RANGE[dtype]
     sign = torch.where(value < 0, 0x80, 0).to(torch.uint8)
     return torch.where(value.abs() > last, beyond | sign, stored.view(torch.uint8)).view(dtype)
 

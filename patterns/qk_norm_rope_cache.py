@@ -20,12 +20,20 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from fx_fusion import opset
 from fx_fusion.certificate import CODES as CERTIFICATE_CODES
 from fx_fusion.certificate import certify_copy
 from fx_fusion.decline import Decline
 from fx_fusion.facts import Facts
-from fx_fusion.patterns.cache_store import Addresses, moved_elements, read_addresses
+from fx_fusion.patterns.cache_store import Addresses, Index, read_addresses, same_slots
+from fx_fusion.patterns.conversion import (
+    FLOAT8,
+    Conversion,
+    check_scale,
+    moved_elements,
+    read_conversion,
+    saturates,
+    ways_to_copy,
+)
 from fx_fusion.patterns.cos_sin_table import Lookup, trace_lookup
 from fx_fusion.patterns.mrope import Rope
 from fx_fusion.patterns.rotated_heads import RotatedHeads, read_rotated_heads
@@ -34,18 +42,13 @@ from fx_fusion.probe import Frontier, find_leaves
 from fx_fusion.region import (
     Branch,
     Rotations,
-    Store,
     branch_between,
     branch_key,
     data_cuts,
-    find_stores,
     is_moved_from,
-    pair_stores,
-    strip_views,
-    tell_key_from_value,
-    widens,
 )
 from fx_fusion.sizes import Sizes
+from fx_fusion.stores import Store, find_stores, pair_stores, tell_key_from_value
 
 #: Where the data of a branch may begin is tried at this many places, the earliest first.
 _CUTS = 4
@@ -68,12 +71,19 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Stored:
-    """What a store puts where: heads of `data`, at `addresses`."""
+    """What a store puts where: heads of `data`, at `addresses`, divided by `scale` and converted to `dtype`.
+
+    `saturate` says what becomes of a value beyond the range of a float8: the largest number, or what is beyond; None
+    where there is no such value.
+    """
 
     store: Store
     data: Node
     heads: Heads
     addresses: Addresses
+    dtype: torch.dtype
+    scale: float | Node | None
+    saturate: bool | None
 
 
 @dataclass(frozen=True)
@@ -88,9 +98,17 @@ class Match:
     lookup: Lookup | None
     key_store: Stored
     value_store: Stored
+    slots: Index
+    saturate: bool
     grid: tuple[int | torch.SymInt, int | torch.SymInt]
     return_k: bool
     error: float
+
+    @property
+    def scales(self) -> list[Node]:
+        """Scales that are read at every call."""
+        scales = (stored.scale for stored in (self.key_store, self.value_store))
+        return [scale for scale in scales if isinstance(scale, Node)]
 
     @property
     def operands(self) -> list[Node]:
@@ -102,7 +120,7 @@ class Match:
             else (self.rope.cos.leaf, self.rope.sin.leaf)
         )
         addresses = self.key_store.addresses
-        indices = (addresses.slots, addresses.blocks)
+        indices = (self.slots, addresses.blocks, addresses.stored and addresses.stored.index)
         nodes = [
             self.query.data,
             self.key.data,
@@ -110,6 +128,7 @@ class Match:
             *weights,
             *angles,
             *(i and i.node for i in indices),
+            *self.scales,
         ]
         return list(dict.fromkeys(node for node in nodes if node is not None))
 
@@ -134,16 +153,17 @@ def find(facts: Facts) -> tuple[list[Candidate], list[Decline]]:
 def read(facts: Facts, candidate: Candidate, memo: Memo) -> Match:
     """Read and prove one candidate. Raises Decline with the reason why not."""
     key_store, value_store = tell_key_from_value(facts, *candidate.stores, candidate.origin)
-    key, key_heads = _read_key(facts, key_store, candidate.origin, memo)
+    conversion = read_conversion(key_store)
+    key, key_heads = _read_key(facts, conversion, candidate.origin, memo)
     query, query_heads = _read_query(facts, candidate.rotations, key, value_store, memo)
     rope = _same_rotation(facts, query_heads, key_heads)
     sizes = facts.sizes[0]
     grid = key_heads.grid(sizes.shape(key.out.meta["val"]), key.tokens(sizes))
     if grid != query_heads.grid(sizes.shape(query.out.meta["val"]), query.tokens(sizes)):
         raise Decline("split.layout", "query and key hold their tokens in different grids", [query.out, key.out])
-    stored_key = _stored_key(facts, key_store, key, key_heads, sizes, grid)
-    stored_value = _stored_value(facts, value_store, key_heads.heads, sizes, grid)
-    _same_slots(stored_key, stored_value, sizes)
+    stored_key = _stored_key(facts, key_store, conversion, key, key_heads, sizes, grid)
+    stored_value = _stored_value(facts, value_store, stored_key, sizes, grid)
+    slots = _same_slots(stored_key, stored_value, sizes)
     return Match(
         query=query,
         query_heads=query_heads,
@@ -153,19 +173,18 @@ def read(facts: Facts, candidate: Candidate, memo: Memo) -> Match:
         lookup=trace_lookup(facts, rope, sizes, grid),
         key_store=stored_key,
         value_store=stored_value,
+        slots=slots,
+        saturate=bool(stored_key.saturate or stored_value.saturate),
         grid=_symbolic_grid(key, key_heads),
         return_k=_used_fresh(facts, key.out, key_store),
         error=max(query_heads.error, key_heads.error),
     )
 
 
-def _read_key(facts: Facts, store: Store, origin: Node, memo: Memo) -> tuple[Branch, RotatedHeads]:
-    """The rotated key: what is stored, before it is moved, and converted to the cache's dtype, for the store."""
-    last = strip_views(store.value)
-    outs = [last]
-    if opset.is_cast(last):
-        outs.append(strip_views(last.args[0]))
-    return _furthest(_attempts(facts, origin, outs, memo))
+def _read_key(facts: Facts, conversion: Conversion, origin: Node, memo: Memo) -> tuple[Branch, RotatedHeads]:
+    """The rotated key: what is stored, before it is moved, scaled and converted for the store."""
+    values = [node for node in conversion.values if node is not origin]
+    return _furthest(_attempts(facts, origin, values or [conversion.value], memo))
 
 
 def _read_query(
@@ -275,56 +294,90 @@ def _same_rotation(facts: Facts, query: RotatedHeads, key: RotatedHeads) -> Rope
 
 
 def _stored_key(
-    facts: Facts, store: Store, key: Branch, heads: RotatedHeads, sizes: Sizes, grid: tuple[int, int]
+    facts: Facts,
+    store: Store,
+    conversion: Conversion,
+    key: Branch,
+    heads: RotatedHeads,
+    sizes: Sizes,
+    grid: tuple[int, int],
 ) -> Stored:
-    shape = sizes.shape(key.out.meta["val"])
-    tail = facts.between(key.out, [store.value])[1:]
-    certify_copy(tail, key.out.meta["val"].dtype, store.cache.meta["val"].dtype)
-    layout = heads.heads
+    shape, layout = sizes.shape(key.out.meta["val"]), heads.heads
     numbers = torch.arange(torch.Size(shape).numel()).reshape(*grid, layout.num_heads, layout.head_dim)
-    elements = moved_elements(store.value, key.out, heads.arrange(numbers).reshape(shape), sizes)
-    return Stored(store, key.data, layout, read_addresses(facts, store, elements, layout, sizes, grid))
+    scale = conversion.scale and check_scale(conversion.scale, _dtype(key.out))
+    elements = _arriving(facts, store, conversion, key.out, heads.arrange(numbers).reshape(shape), sizes)
+    addresses = read_addresses(facts, store, elements, layout, sizes, grid)
+    saturate = saturates(conversion, _device(store))
+    return Stored(store, key.data, layout, addresses, conversion.dtype, scale, saturate)
 
 
-def _stored_value(facts: Facts, store: Store, key: Heads, sizes: Sizes, grid: tuple[int, int]) -> Stored:
-    data = _copied_from(store)
-    certify_copy(facts.between(data, [store.value])[1:], data.meta["val"].dtype, store.cache.meta["val"].dtype)
+def _stored_value(facts: Facts, store: Store, key: Stored, sizes: Sizes, grid: tuple[int, int]) -> Stored:
+    """The value's store, in the first way that a kernel can copy it in, and that suits the key's store."""
+    conversion = read_conversion(store, keep_rows=True)
+    saturate = saturates(conversion, _device(store))
+    ways = [way for way in ways_to_copy(conversion) if _dtype(way.data) == _dtype(key.data)]
+    if not ways:
+        scale = conversion.scale and check_scale(conversion.scale, _dtype(key.data))
+        found = f"{conversion.value} is {_dtype(conversion.value)}, the key {_dtype(key.data)}; scaled by {scale}"
+        raise Decline("split.v_not_copied", found, [conversion.value])
+    suited = [way for way in ways if way.in_range or None in (saturate, key.saturate) or saturate == key.saturate]
+    if not suited or (conversion.dtype != key.dtype and {conversion.dtype, key.dtype} & FLOAT8):
+        found = f"the key is converted to {_converted(key.dtype, key.saturate)}, "
+        found += f"the value to {_converted(conversion.dtype, saturate)}; a call converts both alike"
+        raise Decline("store.conversions_differ", found, [key.store.writer, store.writer])
+    data = suited[0].data
     shape = sizes.shape(data.meta["val"])
     width, rest = divmod(torch.Size(shape).numel(), grid[0] * grid[1])
     if rest:
         raise Decline("split.layout", f"{data} of shape {list(shape)} does not hold {grid[0] * grid[1]} tokens", [data])
-    moved = moved_elements(store.value, data, torch.arange(torch.Size(shape).numel()).reshape(shape), sizes)
+    numbers = torch.arange(torch.Size(shape).numel()).reshape(shape)
+    moved = _arriving(facts, store, conversion, data, numbers, sizes)
     columns = (moved % width).unique()
-    heads = read_heads(columns, key.head_dim, width, data)
-    if heads.num_heads != key.num_heads:
-        found = f"{heads.num_heads} heads of values are stored with {key.num_heads} heads of keys"
+    heads = read_heads(columns, key.heads.head_dim, width, data)
+    if heads.num_heads != key.heads.num_heads:
+        found = f"{heads.num_heads} heads of values are stored with {key.heads.num_heads} heads of keys"
         raise Decline("split.v_not_copied", found, [store.value])
     lane = torch.zeros(width, dtype=torch.long)
     lane[expected_columns(heads).reshape(-1)] = torch.arange(heads.num_heads * heads.head_dim)
     elements = moved // width * len(columns) + lane[moved % width]
-    return Stored(store, data, heads, read_addresses(facts, store, elements, heads, sizes, grid))
+    addresses = read_addresses(facts, store, elements, heads, sizes, grid)
+    return Stored(
+        store, data, heads, addresses, conversion.dtype, suited[0].scale, None if suited[0].in_range else saturate
+    )
 
 
-def _copied_from(store: Store) -> Node:
-    """What the stored value is a copy of: looking through movement, through casts that lose nothing, and through the
-    one that converts to the cache's dtype. A value that is rounded on the way is stored as rounded.
-    """
-    final = store.cache.meta["val"].dtype
-    data = strip_views(store.value, keep_rows=True)
-    if opset.is_cast(data) and data.meta["val"].dtype == final:
-        data = strip_views(data.args[0], keep_rows=True)
-    while widens(data):
-        data = strip_views(data.args[0], keep_rows=True)
-    return data
+def _arriving(
+    facts: Facts, store: Store, conversion: Conversion, source: Node, numbers: torch.Tensor, sizes: Sizes
+) -> torch.Tensor:
+    """`numbers`, of the elements of `source`, as they arrive in the stored value."""
+    steps = conversion.steps_after(source)
+    certify_copy(
+        facts.between(source, [store.value])[1:], {step.node for step in steps}, _dtype(source), conversion.dtype
+    )
+    return moved_elements(store, steps, source, numbers, sizes)
 
 
-def _same_slots(key: Stored, value: Stored, sizes: Sizes) -> None:
-    """Blocks and slots are shared; how many there are may be two symbols for what is one number."""
+def _converted(dtype: torch.dtype, saturate: bool | None) -> str:
+    return f"{dtype}" if saturate is None else f"{dtype} {'with' if saturate else 'without'} saturation"
+
+
+def _dtype(node: Node) -> torch.dtype:
+    return node.meta["val"].dtype
+
+
+def _device(store: Store) -> torch.device:
+    return store.cache.meta["val"].device
+
+
+def _same_slots(key: Stored, value: Stored, sizes: Sizes) -> Index:
     a, b = key.addresses, value.addresses
-    blocks = [sizes.concrete(addresses.size[0]) for addresses in (a, b)]
-    if (a.slots, a.blocks) != (b.slots, b.blocks) or blocks[0] != blocks[1]:
-        found = f"the key is stored at {a.slots.node} of {list(a.size)}, the value at {b.slots.node} of {list(b.size)}"
-        raise Decline("store.slots_differ", found, [key.store.writer, value.store.writer])
+    slots = same_slots(a, b, sizes)
+    if slots is None:
+        masked = ["masked" if addresses.stored else "unmasked" for addresses in (a, b)]
+        kinds = masked if masked[0] != masked[1] else ["", ""]
+        found = f"the key is stored {kinds[0]} at {a.slots} of {list(a.size)}, the value {kinds[1]} at {b.slots} of "
+        raise Decline("store.slots_differ", f"{found}{list(b.size)}", [key.store.writer, value.store.writer])
+    return slots
 
 
 def _symbolic_grid(key: Branch, heads: RotatedHeads) -> tuple[int | torch.SymInt, int | torch.SymInt]:
@@ -339,5 +392,5 @@ def _symbolic_grid(key: Branch, heads: RotatedHeads) -> tuple[int | torch.SymInt
 
 def _used_fresh(facts: Facts, out: Node, store: Store) -> bool:
     """Is the rotated key used by anything but its store (prefill attention, an output)?"""
-    tail = {*facts.between(out, [store.value]), store.writer}
+    tail = {*facts.between(out, [store.value]), *store.last_steps}
     return any(user not in tail for node in tail - {store.writer} for user in facts.users(node))

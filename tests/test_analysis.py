@@ -12,8 +12,8 @@ from fx_fusion.evaluate import Arithmetic, evaluate
 from fx_fusion.facts import Facts
 from fx_fusion.opset import aten, prims
 from fx_fusion.placement import check_cache_address, check_convex, check_devices, check_old_cache, check_order
-from fx_fusion.region import Store
 from fx_fusion.sizes import Sizes
+from fx_fusion.stores import Store
 
 
 class Builder:

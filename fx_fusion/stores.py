@@ -1,0 +1,302 @@
+"""Where does the graph write its caches, what is written, and which stores belong to one layer?
+
+A functional graph writes an input by copying its last value back at the end. From there the way leads back through
+what puts a part of the cache back (``select_scatter``, ``slice_scatter``, ``as_strided_scatter``) to what writes:
+
+* ``index_put``, ``index_copy`` and ``scatter`` write a value at indices into a view of the cache;
+* a scatter whose value is no part of the cache writes it into a slice, as ``cache[:, start : start + n] = k`` does.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from fx_fusion import opset
+from fx_fusion.decline import Decline
+from fx_fusion.facts import Facts, freeze
+from fx_fusion.opset import aten
+from fx_fusion.region import alias_steps, angles_after_projection, strip_aliases, strip_views
+
+
+@dataclass(frozen=True)
+class Mask:
+    """``where`` stores a token if `flag` says so (or does not, if `inverted`), else what the cache held already."""
+
+    where: Node
+    flag: Node
+    inverted: bool
+
+
+@dataclass(frozen=True)
+class Store:
+    """``writer`` puts ``value`` into ``view``, a view of the graph input ``cache``, which is then updated in place.
+
+    Where the view is but a part of the cache (keys and values, or several layers, in one tensor), ``scatters`` put the
+    part back, the innermost first.
+    """
+
+    cache: Node
+    view: Node
+    writer: Node
+    value: Node
+    scatters: tuple[Node, ...] = ()
+    mask: Mask | None = None
+
+    @property
+    def base(self) -> Node:
+        """The cache's value before this store: ``cache`` itself, or what an earlier store left."""
+        return strip_aliases(self.view)
+
+    @property
+    def after(self) -> Node:
+        """The cache's value after this store, as far as the graph names it."""
+        return self.scatters[-1] if self.scatters else self.writer
+
+    @property
+    def views(self) -> list[Node]:
+        """The steps from ``base`` to ``view``."""
+        return alias_steps(self.base, self.view)
+
+    @property
+    def into_slice(self) -> bool:
+        """Is the value put into a slice of the view, rather than at indices?"""
+        return self.writer.target in SCATTERS
+
+    @property
+    def last_steps(self) -> list[Node]:
+        """From what takes the value, a mask or a copy, to the writer."""
+        steps = [self.writer]
+        while steps[-1] is not self.value:
+            source = steps[-1].args[WRITERS.get(steps[-1].target, 1)]
+            steps.append(_node(self.value if self.mask and steps[-1] is self.mask.where else source))
+        return steps[:-1]
+
+    def part(self, scatter: Node) -> list[Node]:
+        """The steps from ``base`` to the part of it that `scatter` changes a part of."""
+        return alias_steps(self.base, _node(scatter.args[0]))
+
+
+#: What writes a value at indices, and which of its arguments the value is.
+WRITERS: dict[Any, int] = {aten.index_put.default: 2, aten.index_copy.default: 3, aten.scatter.src: 3}
+#: What puts a part back, and the view that takes that part out.
+SCATTERS: dict[Any, Any] = {
+    aten.select_scatter.default: aten.select.int,
+    aten.slice_scatter.default: aten.slice.Tensor,
+    aten.as_strided_scatter.default: aten.as_strided.default,
+}
+_ADDERS = frozenset(
+    {
+        aten.index_add.default, aten.index_reduce.default, aten.scatter_add.default, aten.scatter.reduce,
+        aten.scatter_reduce.two,
+    }
+)  # fmt: skip
+_INTEGER_CACHES = (torch.uint8, torch.int8)
+
+
+def find_stores(facts: Facts) -> tuple[list[Store], list[Decline]]:
+    """Every in-place cache store of the graph, and a decline for each input that is mutated some other way.
+
+    Integers are no cache, but for bytes that hold a float8.
+    """
+    stores: list[Store] = []
+    declined: list[Decline] = []
+    for node in facts.nodes:
+        if node.op != "call_function" or node.target is not aten.copy_.default:
+            continue
+        cache, final = _node(node.args[0]), _node(node.args[1])
+        is_float = opset.is_float_tensor(cache)
+        if not is_float and cache.meta["val"].dtype not in _INTEGER_CACHES:
+            continue
+        try:
+            chain = _stores_into(facts, cache, final)
+        except Decline as decline:
+            declined.extend([decline] if is_float else [])
+            continue
+        strange = [store for store in chain if not stored_dtype(store).is_floating_point]
+        if strange:
+            found = f"the cache {cache} holds {stored_dtype(strange[0])}; expected a float or the bytes of a float8"
+            declined.append(Decline("store.integer_cache", found, [strange[0].writer]))
+            continue
+        stores.extend(chain)
+    return _without_outsiders(facts, stores, declined), declined
+
+
+def stored_dtype(store: Store) -> torch.dtype:
+    """What the cache's elements are: of bytes, the float8 that they spell."""
+    node = store.value
+    while opset.is_movement(node) or opset.is_reinterpretation(node):
+        source = _node(node.args[0])
+        if opset.is_reinterpretation(node) and opset.is_float_tensor(source):
+            return source.meta["val"].dtype
+        node = source
+    return store.view.meta["val"].dtype
+
+
+def _without_outsiders(facts: Facts, stores: list[Store], declined: list[Decline]) -> list[Store]:
+    """Stores of what this graph computed, each value once."""
+    kept: list[Store] = []
+    seen: dict[int, Store] = {}
+    for store in stores:
+        source = store.value
+        while opset.is_movement(source) or opset.is_cast(source) or opset.is_reinterpretation(source):
+            source = _node(source.args[0])
+        number = facts.value_number(source)
+        if source.op == "placeholder":
+            found = f"{store.writer} stores {source}, a graph input: was it computed before a graph break?"
+            declined.append(Decline("store.value_is_input", found, [store.writer]))
+        elif number in seen:
+            found = f"{source} is stored into {seen[number].cache}, and by {store.writer} into {store.cache} again"
+            declined.append(Decline("store.value_twice", found, [store.writer]))
+        else:
+            seen[number] = store
+            kept.append(store)
+    return kept
+
+
+def _stores_into(facts: Facts, cache: Node, final: Node) -> list[Store]:
+    """The stores that make `final` of `cache`, the first one first. Raises Decline at a step that is no store."""
+    found: list[Store] = []
+    node = strip_aliases(final)
+    while node is not cache:
+        store = _read_store(facts, cache, node)
+        if store.base is not cache and not store.scatters and not store.into_slice:
+            found_twice = f"{store.writer} stores into all of {cache}, after an earlier store into it"
+            raise Decline("store.repeated", found_twice, [store.writer])
+        found.append(store)
+        node = store.base
+    return found[::-1]
+
+
+def _read_store(facts: Facts, cache: Node, node: Node) -> Store:
+    scatters: list[Node] = []
+    writer = node
+    while writer.target in SCATTERS:
+        inner = strip_aliases(writer.args[1])
+        if not _writes(inner) or strip_aliases(inner.args[0]) is not strip_aliases(writer.args[0]):
+            break
+        scatters.append(writer)
+        writer = inner
+    if not _writes(writer):
+        raise _unknown(cache, writer)
+    written = _node(writer.args[WRITERS.get(writer.target, 1)])
+    if writer.target in SCATTERS and written.target is aten.copy.default:
+        written = _node(written.args[1])
+    store = Store(cache, _node(writer.args[0]), writer, written, tuple(scatters[::-1]))
+    if any(strip_aliases(scatter.args[0]) is not store.base for scatter in scatters) or (
+        scatters and scatters[0].args[0] is not store.base
+    ):
+        found = f"{scatters[0]} puts what {writer} stored into another tensor than it was taken from"
+        raise Decline("store.cache_not_viewable", found, [scatters[0]])
+    return _read_mask(facts, store)
+
+
+def _writes(node: Node) -> bool:
+    return node.op == "call_function" and (node.target in WRITERS or node.target in SCATTERS)
+
+
+def _unknown(cache: Node, node: Node) -> Decline:
+    if node.op in ("placeholder", "get_attr"):
+        found = f"the input {cache} is overwritten with {node}, or with what is stored into it: another tensor"
+        return Decline("store.other_cache", found, [node])
+    if node.target in _ADDERS:
+        return Decline("store.accumulates", f"{node} adds to the cache; expected it to overwrite", [node])
+    found = f"the input {cache} is overwritten with the result of {node.target}, which is no store at indices or slices"
+    return Decline("store.unknown_writer", found, [node])
+
+
+def _read_mask(facts: Facts, store: Store) -> Store:
+    """Of ``where(flag, value, cache[slots])``, stored at the same slots, the value and the flag.
+
+    Raises:
+        Decline: ``store.accumulates`` for ``value + cache[slots]``.
+    """
+    node = store.value
+    if node.op != "call_function":
+        return store
+    if node.target is aten.add.Tensor and any(_reads_back(facts, store, arg) for arg in node.args):
+        raise Decline("store.accumulates", f"{node} adds to what the cache holds; expected it to overwrite", [node])
+    if node.target is not aten.where.self:
+        return store
+    flag, *arms = map(_node, node.args)
+    old = [_reads_back(facts, store, arm) for arm in arms]
+    if old.count(True) != 1:
+        return store
+    value = arms[old.index(False)]
+    return Store(store.cache, store.view, store.writer, value, store.scatters, Mask(node, flag, inverted=old[0]))
+
+
+def _reads_back(facts: Facts, store: Store, node: Any) -> bool:
+    """Is `node` what `store` is about to overwrite, element by element?"""
+    if not isinstance(node, Node) or node.op != "call_function":
+        return False
+    writer = store.writer
+    if store.into_slice:
+        reader, place = SCATTERS[writer.target], writer.args[2:]
+    elif writer.target is aten.index_put.default:
+        reader, place = aten.index.Tensor, writer.args[1:2]
+    else:
+        return False
+
+    def key(source: Any, arguments: Sequence[Any]) -> tuple[Any, ...]:
+        return facts.value_number(source), freeze(list(arguments), facts.numbers)
+
+    return node.target is reader and key(node.args[0], node.args[1:]) == key(store.view, place)
+
+
+# --- which stores belong to one layer ---------------------------------------------------------------------------------
+
+
+def pair_stores(facts: Facts, stores: Sequence[Store]) -> tuple[list[tuple[Store, Store, Node]], list[Store]]:
+    """Stores of one layer, with the value they both come from; and the stores left over.
+
+    All stores walk towards the inputs together, latest node first. The hidden state of a layer depends on everything
+    before it, so the stores of a later layer meet, and leave the walk, before those of an earlier layer do.
+    """
+    carried: dict[Node, dict[int, None]] = {}
+    heap: list[int] = []
+
+    def visit(node: Node, tags: Iterable[int]) -> None:
+        if node not in carried:
+            carried[node] = {}
+            heapq.heappush(heap, -facts.order[node])
+        carried[node].update(dict.fromkeys(tags))
+
+    for i, store in enumerate(stores):
+        visit(store.value, [i])
+    pairs: list[tuple[Store, Store, Node]] = []
+    met: set[int] = set()
+    while heap:
+        node = facts.nodes[-heapq.heappop(heap)]
+        tags = [tag for tag in carried.pop(node) if tag not in met]
+        if len(tags) == 2:
+            a, b = sorted(tags)
+            pairs.append((stores[a], stores[b], strip_views(node)))
+            met.update(tags)
+            continue
+        for parent in node.all_input_nodes if tags else ():
+            visit(parent, tags)
+    pairs.reverse()
+    return pairs, [store for i, store in enumerate(stores) if i not in met]
+
+
+def tell_key_from_value(facts: Facts, a: Store, b: Store, origin: Node) -> tuple[Store, Store]:
+    """The key is rotated: more tensors besides the data feed it. Raises Decline if neither or both could be."""
+    wide_a, wide_b = (angles_after_projection(facts, origin, store.value) for store in (a, b))
+    if wide_a == wide_b:
+        found = (
+            f"{a.value} and {b.value} are both fed by {wide_a} tensors besides their data; "
+            "expected a rotated key and a copied value"
+        )
+        raise Decline("rope.missing" if wide_a == 0 else "split.v_not_copied", found, [a.value, b.value])
+    return (a, b) if wide_a > wide_b else (b, a)
+
+
+def _node(value: Any) -> Node:
+    assert isinstance(value, Node), value
+    return value
