@@ -23,8 +23,9 @@ from fx_fusion import opset
 from fx_fusion.decline import Decline
 from fx_fusion.sizes import Sizes
 
-#: Bytes that the live values of one evaluation may take together.
-MEMORY_BOUND = 4 << 30
+#: Bytes that the live values of one evaluation may take together. Beside them a reader, or the reference that the
+#: result is compared with, holds a few tensors of the result's size: all in all less than four times as much.
+MEMORY_BOUND = 1 << 30
 
 
 class Arithmetic(enum.Enum):
@@ -47,16 +48,16 @@ def evaluate(
         Decline: ``region.evaluation`` if an input is missing or an operation fails, ``region.too_large`` if the live
             values exceed :data:`MEMORY_BOUND`.
     """
-    schedule = _schedule(outputs, inputs)
-    remaining = Counter(parent for node in schedule for parent in node.all_input_nodes)
+    steps = schedule(outputs, inputs)
+    remaining = Counter(parent for node in steps for parent in node.all_input_nodes)
     remaining.update(outputs)
     values: dict[Node, Any] = dict(inputs)
     live = sum(_bytes(value) for value in values.values())
-    for node in schedule:
+    for node in steps:
+        check_memory(live + _bytes_to_come(node, sizes), node)
         values[node] = _run(node, values, sizes, arithmetic)
         live += _bytes(values[node])
-        if live > MEMORY_BOUND:
-            raise Decline("region.too_large", f"evaluating {node} takes more than {MEMORY_BOUND >> 30} GiB", [node])
+        check_memory(live, node)
         for parent in node.all_input_nodes:
             remaining[parent] -= 1
             if remaining[parent] == 0 and parent not in inputs:
@@ -64,7 +65,22 @@ def evaluate(
     return [values[node] for node in outputs]
 
 
-def _schedule(outputs: Sequence[Node], inputs: Mapping[Node, Any]) -> list[Node]:
+def check_memory(size: int, node: Node) -> None:
+    """Raise Decline ``region.too_large`` if `size` bytes, needed for `node`, are beyond the bound."""
+    if size > MEMORY_BOUND:
+        found = f"evaluating {node} takes {size >> 20} MiB; values that live together may take {MEMORY_BOUND >> 20} MiB"
+        raise Decline("region.too_large", found, [node])
+
+
+def _bytes_to_come(node: Node, sizes: Sizes) -> int:
+    """What `node` will allocate, as its shape tells: nothing for a view."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or node.target in opset.VIEW:
+        return 0
+    return torch.Size(sizes.shape(value)).numel() * torch.float64.itemsize
+
+
+def schedule(outputs: Sequence[Node], inputs: Mapping[Node, Any]) -> list[Node]:
     """The nodes to run, each after what it needs (iterative: a model's graph is deeper than Python's stack)."""
     done: dict[Node, None] = {}
     stack = list(outputs)

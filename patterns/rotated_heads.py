@@ -10,11 +10,12 @@ from torch.fx import Node
 
 from fx_fusion.certificate import certify
 from fx_fusion.decline import Decline
+from fx_fusion.fewer_tokens import fewer_tokens
 from fx_fusion.kernels import reference
 from fx_fusion.patterns.mrope import Lanes, Rope, read_couplings, read_rope
 from fx_fusion.patterns.rms_norm import Norm, check_per_head, is_normalised, read_eps, read_owners, read_weight
 from fx_fusion.patterns.split import Heads, read_columns, read_heads, take_heads
-from fx_fusion.probe import Probe, find_leaves
+from fx_fusion.probe import Frontier, Probe, find_leaves
 from fx_fusion.proof import prove
 from fx_fusion.region import Branch
 from fx_fusion.sizes import Sizes
@@ -56,7 +57,7 @@ class RotatedHeads:
 
 
 def read_rotated_heads(branch: Branch, sizes: Sequence[Sizes]) -> RotatedHeads:
-    """Read at the first of `sizes`, prove at all of them.
+    """Read at the first of `sizes`, prove at all of them; at fewer tokens where a few stand for all.
 
     The frontier is taken in each way that :class:`Frontier` knows.
 
@@ -64,6 +65,32 @@ def read_rotated_heads(branch: Branch, sizes: Sequence[Sizes]) -> RotatedHeads:
         Decline: of the attempt that got furthest.
     """
     certify(branch)
+    short, originals = _at_fewer_tokens(branch, sizes[0])
+    if not originals:
+        return _read_any(branch, sizes)
+    try:
+        return _read_any(short, sizes).on(originals)
+    except Decline as decline:
+        raise Decline(decline.code, decline.found, [originals[node] for node in decline.nodes]) from decline
+
+
+def _at_fewer_tokens(branch: Branch, sizes: Sizes) -> tuple[Branch, dict[Node, Node]]:
+    """`branch` with a few tokens, and what each of its nodes is a copy of; if it cannot be, itself and nothing."""
+    leaves = find_leaves(branch)[Frontier.PARTS]
+    tokens = branch.tokens(sizes)
+    copies = fewer_tokens([branch.data, *leaves], [branch.out], branch.data, tokens)
+    if not copies:
+        return branch, {}
+    data = copies[branch.data]
+    columns = torch.Size(branch.data.meta["val"].shape).numel() // tokens
+    projection = data.graph.placeholder("projection")
+    projection.meta["val"] = data.meta["val"].reshape(-1, columns)
+    nodes, frontier = ([copies[node] for node in part] for part in (branch.nodes, branch.frontier))
+    short = Branch(projection, data, copies[branch.out], tuple(nodes), tuple(frontier))
+    return short, {copy: node for node, copy in copies.items()}
+
+
+def _read_any(branch: Branch, sizes: Sequence[Sizes]) -> RotatedHeads:
     furthest: Decline | None = None
     for leaves in dict.fromkeys(find_leaves(branch).values()):
         try:
