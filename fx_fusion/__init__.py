@@ -5,12 +5,13 @@ from fx_fusion.builtin import QkNormRopeCache
 from fx_fusion.config import Config, OptionError
 from fx_fusion.decline import CODES, Decline
 from fx_fusion.dispatch import KernelUnavailable
+from fx_fusion.function_fusion import Found
 from fx_fusion.fusion_pass import FusionPass
 from fx_fusion.hazards import Hazard, HazardReport, capture_hazards
 from fx_fusion.kernels.capture import FirstUseInCapture
 from fx_fusion.meaning import MeaningHandle, declare_meaning
 from fx_fusion.op import qk_norm_rope_cache
-from fx_fusion.registry import Fusion, Handle, register_fusion
+from fx_fusion.registry import Fusion, Handle, fusions, register_fusion
 from fx_fusion.report import FusionReport, LayerReport, last_report
 from fx_fusion.trace import explain
 from fx_fusion.version import __version__
@@ -21,6 +22,7 @@ __all__ = [
     "Config",
     "Decline",
     "FirstUseInCapture",
+    "Found",
     "Fusion",
     "FusionPass",
     "FusionReport",
@@ -39,6 +41,7 @@ __all__ = [
     "capture_hazards",
     "declare_meaning",
     "explain",
+    "fusions",
     "last_report",
     "qk_norm_rope_cache",
     "register_fusion",

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from fx_fusion import dispatch
 from fx_fusion import rewrite as _rewrite
 from fx_fusion.decline import Decline
 from fx_fusion.facts import Facts
 from fx_fusion.kernels.cache_layout import Size
-from fx_fusion.kernels.contract import Problem, mrope_section
+from fx_fusion.kernels.contract import Problem, Target, mrope_section
 from fx_fusion.overlap import may_overlap
 from fx_fusion.parts import Part, parts
 from fx_fusion.patterns import qk_norm_rope_cache as pattern
@@ -36,15 +37,27 @@ class QkNormRopeCache:
     name = "qk_norm_rope_cache"
 
     def find(self, facts: Facts) -> tuple[list[Candidate], list[Decline]]:
-        return pattern.find(facts)
+        candidates, declined = pattern.find(facts)
+        if not candidates and not declined:
+            found = (
+                "the graph writes no KV cache in place; "
+                "a cache that grows by concatenation (DynamicCache) stores nothing"
+            )
+            declined = [Decline("store.missing", found)]
+        return candidates, declined
 
     def read(self, facts: Facts, candidate: Candidate, memo: dict[object, Any]) -> Match:
         return pattern.read(facts, candidate, memo)
 
-    def describe(self, match: Match) -> tuple[str, dict[str, Any], float, Problem]:
-        problem = _problem(match)
-        facts = _facts(match, problem)
-        return _words(facts), facts, match.error, problem
+    def describe(self, match: Match) -> tuple[str, dict[str, Any], float]:
+        facts = _facts(match, _problem(match))
+        return _words(facts), facts, match.error
+
+    def eligible(self, match: Match) -> dict[str, str | None]:
+        return dispatch.eligibility(_problem(match))
+
+    def choose(self, match: Match, kernel: str, target: Target) -> str:
+        return dispatch.choose(kernel, _problem(match), target)
 
     def check(self, facts: Facts, match: Match) -> None:
         stores = [match.key_store.store, match.value_store.store]

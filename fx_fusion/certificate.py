@@ -8,6 +8,7 @@ every dtype on it must round no more coarsely, and compute no more finely, than 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -100,6 +101,7 @@ def _is_shift_or_scale(node: Node) -> bool:
 def _reduced(node: Node) -> int:
     """How many elements each sum of the reduction takes."""
     before: torch.Tensor = node.args[0].meta["val"]  # type: ignore[union-attr]
-    dims: list[int] = node.args[1] or list(range(before.dim()))  # type: ignore[assignment]
-    sizes = [before.shape[dim] for dim in dims]
+    given: Any = node.args[1] if len(node.args) > 1 else None
+    dims: list[int] = given or list(range(before.dim()))
+    sizes = [before.shape[dim] for dim in dims] if before.dim() else []
     return torch.Size(size for size in sizes if isinstance(size, int)).numel() if sizes else 1

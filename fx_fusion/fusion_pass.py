@@ -22,7 +22,7 @@ from fx_fusion import config as configuration
 from fx_fusion import rewrite
 from fx_fusion.config import Config
 from fx_fusion.decline import Decline, first_source_line, module_path
-from fx_fusion.dispatch import KernelUnavailable, choose, eligibility
+from fx_fusion.dispatch import KernelUnavailable
 from fx_fusion.facts import Facts
 from fx_fusion.inline import Inlined, inline
 from fx_fusion.kernels import tuned
@@ -132,6 +132,8 @@ def apply(graph: Graph, config: Config, *, training: bool = False, observer: Obs
                 rewrite.finish(graph)
             mutated += inlined.hidden_stores
     stores = 0 if any(layer.code == "store.missing" for layer in layers) else mutated
+    if len(layers) > 1:
+        layers = [layer for layer in layers if layer.code != "store.missing"]
     total = time.perf_counter() - started
     seconds = {"total": total, "rewriting": rewriting, "reading": total - rewriting}
     report = FusionReport(tuple(layers), stores, nodes, config.kernel, seconds)
@@ -165,7 +167,10 @@ def _apply_fusion(
     graph: Graph, fusion: Fusion, config: Config, observer: Observer, inlined: Inlined
 ) -> tuple[list[LayerReport], float]:
     facts = Facts(graph)
-    candidates, impossible = fusion.find(facts)
+    try:
+        candidates, impossible = fusion.find(facts)
+    except Exception as error:
+        return [_declined(fusion.name, _internal(error, config))], 0.0
     memo: dict[object, Any] = {}
     layers: list[LayerReport] = []
     matches: list[tuple[int, Any, str]] = []
@@ -185,13 +190,10 @@ def _apply_fusion(
             observer.rewrites(layers[position], graph)
         except Exception as error:
             layers[position] = _declined(fusion.name, _internal(error, config))
+    if matches:
+        rewrite.sort(graph)
     spent = time.perf_counter() - started
     layers.extend(refused)
-    if not layers:
-        found = (
-            "the graph writes no KV cache in place; a cache that grows by concatenation (DynamicCache) stores nothing"
-        )
-        layers.append(_declined(fusion.name, Decline("store.missing", found)))
     return layers, spent
 
 
@@ -200,7 +202,8 @@ def _read(
 ) -> tuple[LayerReport, Any]:
     try:
         match = fusion.read(facts, candidate, memo)
-        words, data, error, problem = fusion.describe(match)
+        words, data, error = fusion.describe(match)
+        eligible = fusion.eligible(match)
         fusion.check(facts, match)
     except Decline as decline:
         return _declined(fusion.name, decline, candidate.anchor), None
@@ -211,7 +214,7 @@ def _read(
         "recognised",
         read=words,
         facts=data,
-        eligible=eligibility(problem),
+        eligible=eligible,
         error=error,
         node=str(candidate.anchor),
         source=first_source_line([candidate.anchor]),
@@ -220,7 +223,7 @@ def _read(
     )
     target = Target.parse(config.target) if config.target else Target.of(candidate.anchor.meta["val"].device)
     try:
-        kernel = choose(config.kernel, problem, target)
+        kernel = fusion.choose(match, config.kernel, target)
         _spend_fuel()
     except Decline as decline:
         return replace(read, code=decline.code, reason=decline.found), match

@@ -10,11 +10,9 @@ consumer, is different; nothing here asks the pass where that is.
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import logging
 import random
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +24,7 @@ from torch.utils import _pytree as pytree
 from fx_fusion import opset
 from fx_fusion.config import Config
 from fx_fusion.decline import first_source_line
+from fx_fusion.functional import quiet
 from fx_fusion.fusion_pass import apply
 from fx_fusion.report import FusionReport
 
@@ -201,23 +200,11 @@ def _value(value: Any) -> torch.Tensor | None:
 
 def _traced(original: Mutant, graph: Graph) -> GraphModule | None:
     """`graph` as a module, or None where it could not have been traced, or does not run."""
-    with _quiet():
+    with quiet():
         if not (_refresh(graph) and _is_well_formed(graph)):
             return None
     module = GraphModule(original.module, graph)
     return module if _runs(module, original.inputs) else None
-
-
-@contextlib.contextmanager
-def _quiet() -> Generator[None]:
-    """PyTorch logs a traceback for every operation that refuses its operands: here that is nothing unusual."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    before = log.disabled
-    log.disabled = True
-    try:
-        yield
-    finally:
-        log.disabled = before
 
 
 def _refresh(graph: Graph) -> bool:

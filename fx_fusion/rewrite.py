@@ -59,11 +59,16 @@ def _caches_before(key: Store, value: Store) -> tuple[Node, Node]:
     return base, base
 
 
-def finish(graph: Graph) -> None:
-    """Restore the topological order, and drop what the calls made dead."""
+def sort(graph: Graph) -> None:
+    """Restore the topological order."""
     from torch._inductor.pattern_matcher import stable_topological_sort
 
     stable_topological_sort(graph)
+
+
+def finish(graph: Graph) -> None:
+    """Restore the topological order, and drop what the calls made dead."""
+    sort(graph)
     _share_views(graph)
     for node in reversed(list(graph.nodes)):
         if (

@@ -24,6 +24,12 @@ class Nothing:
     def describe(self, match):
         raise AssertionError
 
+    def eligible(self, match):
+        raise AssertionError
+
+    def choose(self, match, kernel, target):
+        raise AssertionError
+
     def check(self, facts, match):
         raise AssertionError
 
@@ -66,7 +72,7 @@ def test_what_is_missing_is_named():
         def find(self, facts):
             return [], []
 
-    with pytest.raises(TypeError, match="fusion 'half' lacks read, describe, check, rewrite"):
+    with pytest.raises(TypeError, match="fusion 'half' lacks read, describe, eligible, choose, check, rewrite"):
         fx_fusion.register_fusion(Half())
     with pytest.raises(TypeError, match="string attribute 'name'"):
         fx_fusion.register_fusion(object())
