@@ -68,9 +68,27 @@ class _Expansion:
         self.redirected.clear()
         return changed
 
-    def is_needed(self, live: set[Node]) -> bool:
-        """Is a result read by what is live?"""
-        return any(user in live for _, _, now in self.results for user in now.users)
+    def is_needed(self, live: set[Node], known: set[Node]) -> bool:
+        """Does something live read a result that is still computed here, rather than moved out of a fused call?
+
+        A rewrite replaces the last value that is computed; the views of it that follow stay.
+        """
+        own = set(self.inserted)
+        stack = [now for _, _, now in self.results if any(user in live for user in now.users)]
+        replaced = not stack
+        seen: set[Node] = set()
+        while stack:
+            node = stack.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            if node not in known:
+                replaced = True
+            elif node in own:
+                if not (opset.is_movement(node) or node.target is aten.slice_scatter.default):
+                    return True
+                stack.extend(node.all_input_nodes)
+        return not replaced
 
 
 class Inlined:
@@ -82,6 +100,7 @@ class Inlined:
         self.declined: list[Decline] = []
         self.hidden_stores = 0
         self._of: dict[Node, _Expansion] = {}
+        self._known: set[Node] = set()
 
     @functools.cached_property
     def sizes(self) -> Sizes:
@@ -118,7 +137,7 @@ class Inlined:
         live: set[Node] = set()
         _mark(live, [node for node in self._graph.nodes if _is_root(node)])
         for expansion in reversed(self.expansions):
-            if expansion.is_needed(live):
+            if expansion.is_needed(live, self._known):
                 _mark(live, [user for user in expansion.undo() if user in live])
                 _mark(live, self._extract(expansion, live))
         for node in self._graph.nodes:
@@ -187,9 +206,8 @@ def inline(graph: Graph) -> Inlined:
             _expand(done, node, op, meaning, traced)
         except Decline as decline:
             done.declined.append(decline)
-    for expansion in done.expansions:
-        _forward_reads(graph, expansion)
     done._of = {node: expansion for expansion in done.expansions for node in expansion.inserted}
+    done._known = set(graph.nodes)
     return done
 
 
@@ -223,6 +241,7 @@ def _expand(
         raise Decline("meaning.mismatch", f"{op} and its meaning differ: {comparison}", [node])
     expansion = _Expansion(call, meaning, comparison)
     _insert(done._graph, expansion, known)
+    _forward_reads(done._graph, expansion)
     done.expansions.append(expansion)
 
 
@@ -304,6 +323,10 @@ def _splice(
     """Copies of the meaning's nodes; what now holds each of its values. Sizes are the graph's own."""
     values: dict[Any, Any] = {}
     names = iter(inputs)
+
+    def value_here(argument: Any) -> Any:
+        return values[argument] if isinstance(argument, Node) else argument
+
     for node in traced.module.graph.nodes:
         if node.op == "placeholder":
             values[node] = next(names)
@@ -313,14 +336,9 @@ def _splice(
         if isinstance(node.meta.get("val"), torch.SymInt):
             values[node] = emit.size(node.meta["val"])
             continue
-        copied = graph.create_node(
-            "call_function",
-            node.target,
-            *map_aggregate(
-                (node.args, node.kwargs), lambda each: values.get(each, each) if isinstance(each, Node) else each
-            ),
-        )
-        copied.name = graph._graph_namespace.create_name(f"{call.op._opname}_{node.name}", copied)
+        name = f"{call.op._opname}_{node.name}"
+        args, kwargs = map_aggregate((node.args, node.kwargs), value_here)
+        copied = graph.create_node("call_function", node.target, args, kwargs, name=name)
         copied.meta = {"val": node.meta["val"]} if "val" in node.meta else {}
         for key in ("stack_trace", "nn_module_stack"):
             if key in call.node.meta:
@@ -388,10 +406,12 @@ def _forward_reads(graph: Graph, expansion: _Expansion) -> None:
 
 
 def _scatters(expansion: _Expansion) -> list[Node]:
-    """Where a value of the expansion is put into a larger tensor, and what is put into that tensor later."""
+    """Where a value of the expansion is put into a larger tensor, and what is put into that tensor later; and the base
+    that the expansion reads, if something was put into it before.
+    """
     found: dict[Node, None] = {}
     seen: set[Node] = set()
-    stack = [now for _, _, now in expansion.results]
+    stack = [*expansion.call.bases, *(now for _, _, now in expansion.results)]
     while stack:
         node = stack.pop()
         if node in seen:

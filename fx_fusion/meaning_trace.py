@@ -65,7 +65,8 @@ def trace(
     module = _make_fx(run, mode, [flat[i] for i in places])
     results, after = module.graph.output_node().args[0], len(written)
     outputs = tuple(pytree.tree_leaves(results, is_leaf=lambda value: value is None or isinstance(value, Node)))
-    _clean(module, [flat[i] for i in places])
+    names = [name for name, value in arguments.items() for leaf in pytree.tree_leaves(value) if is_input(leaf)]
+    _clean(module, names, written)
     expected = len(op._schema.returns) + after
     if len(outputs) != expected + (0 if op._schema.returns else 1) and len(outputs) != expected:
         raise NoMeaning(f"it returns {len(outputs) - after} values, the operation {len(op._schema.returns)}")
@@ -104,15 +105,18 @@ def _copied(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = Fal
     return source if source.shape == target.shape else source.expand_as(target)
 
 
-def _clean(module: GraphModule, inputs: Sequence[Any]) -> None:
-    """Drop the copies back into written arguments, and what is dead; a clone of nothing but a value is that value."""
+def _clean(module: GraphModule, names: Sequence[str], written: Sequence[str]) -> None:
+    """Drop copies back into written arguments, and what is dead. Placeholder i belongs to the argument `names[i]`."""
     graph = module.graph
+    name_of = dict(zip(graph.find_nodes(op="placeholder"), names, strict=True))
     for node in list(graph.nodes):
-        if node.target is aten.copy_.default and node.args[0].op == "placeholder":
-            graph.erase_node(node)
-        elif node.op == "get_attr":
+        if node.op == "get_attr":
             raise NoMeaning("it uses a tensor that is not an argument; pass it, or compute it (torch.arange)")
+        if node.target is aten.copy_.default and node.args[0] in name_of:
+            if name_of[node.args[0]] not in written:
+                raise NoMeaning(f"it writes {name_of[node.args[0]]!r}, which the operation does not")
+            graph.erase_node(node)
     graph.eliminate_dead_code()
-    impure = next((n for n in graph.nodes if n.op == "call_function" and n.is_impure()), None)
+    impure = next((node for node in graph.nodes if node.op == "call_function" and node.is_impure()), None)
     if impure is not None:
         raise NoMeaning(f"it has a side effect: {impure.target}")

@@ -1,7 +1,4 @@
-"""Stand-ins for the opaque operations of serving engines: the same schemas, written independently of any meaning.
-
-One library a namespace, so that a test can have them under names of its own or under the real ones.
-"""
+"""Stand-ins for the opaque operations of serving engines: their schemas, written independently of any meaning."""
 
 from __future__ import annotations
 
@@ -23,68 +20,110 @@ SCHEMAS = {
         "(Tensor key, Tensor value, Tensor! key_cache, Tensor! value_cache, Tensor slot_mapping, str kv_cache_dtype, "
         "Tensor k_scale, Tensor v_scale) -> ()"
     ),
+    "unified_kv_cache_update": "(Tensor key, Tensor value, str layer_name) -> Tensor",
     "store": "(Tensor k, Tensor v, Tensor! k_cache, Tensor! v_cache, Tensor slots) -> ()",
     "rope_out": "(Tensor q, Tensor k, Tensor! q_rope, Tensor! k_rope, Tensor table, Tensor pos_ids) -> ()",
+    "rmsnorm": "(Tensor! output, Tensor input, Tensor weight, float eps, bool enable_pdl) -> ()",
+    "gemma_rmsnorm": "(Tensor! output, Tensor input, Tensor weight, float eps, bool enable_pdl) -> ()",
+    "apply_rope_pos_ids_cos_sin_cache": (
+        "(Tensor q, Tensor k, Tensor! q_rope, Tensor! k_rope, Tensor cos_sin_cache, Tensor pos_ids, bool interleave, "
+        "bool enable_pdl, Tensor? v, Tensor!? k_buffer, Tensor!? v_buffer, Tensor? kv_cache_loc) -> ()"
+    ),
+    "store_cache": (
+        "(Tensor k, Tensor v, Tensor! k_cache, Tensor! v_cache, Tensor indices, *, int row_bytes=0, int num_split=0) "
+        "-> ()"
+    ),
+}
+
+#: Where the libraries register them.
+VLLM = {
+    "vllm_ir": {"rms_norm": "ir_rms_norm"},
+    "_C": {"rms_norm": "rms_norm", "rotary_embedding": "rotary_embedding"},
+    "vllm": {"mrope": "mrope", "unified_kv_cache_update": "unified_kv_cache_update"},
+    "_C_cache_ops": {"reshape_and_cache_flash": "reshape_and_cache_flash"},
+}
+SGLANG = {
+    "sgl_kernel": {name: name for name in ("rmsnorm", "gemma_rmsnorm", "apply_rope_pos_ids_cos_sin_cache")},
+    "sglang": {"store_cache": "store_cache"},
 }
 
 
-def ir_rms_norm(x: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None) -> Tensor:
+def _normed(x: Tensor, epsilon: float) -> Tensor:
     mean_square = torch.linalg.vector_norm(x.float(), dim=-1, keepdim=True).square() / x.shape[-1]
-    normed = (x.float() / (mean_square + epsilon).sqrt()).to(x.dtype)
+    return x.float() / (mean_square + epsilon).sqrt()
+
+
+def ir_rms_norm(x, weight, epsilon, variance_size=None):
+    normed = _normed(x, epsilon).to(x.dtype)
     return normed if weight is None else weight * normed
 
 
-def rms_norm(result: Tensor, input: Tensor, weight: Tensor, epsilon: float) -> None:
-    mean_square = torch.linalg.vector_norm(input.float(), dim=-1, keepdim=True).square() / input.shape[-1]
-    result.copy_(input.float() / (mean_square + epsilon).sqrt() * weight.float())
+def rms_norm(result, input, weight, epsilon):
+    result.copy_(_normed(input, epsilon) * weight.float())
+
+
+def rmsnorm(output, input, weight, eps, enable_pdl):
+    rms_norm(output, input, weight, eps)
+
+
+def gemma_rmsnorm(output, input, weight, eps, enable_pdl):
+    rms_norm(output, input, weight + 1, eps)
 
 
 def rotary_embedding(positions, query, key, head_size, cos_sin_cache, is_neox, rope_dim_offset=0, inverse=False):
-    _rotate_in_place([query] if key is None else [query, key], cos_sin_cache[positions.flatten()], head_size, is_neox)
+    rows = cos_sin_cache[positions.flatten()]
+    for tensor in (query, key):
+        if tensor is not None:
+            _rotate_in_place(tensor, rows, head_size, is_neox)
 
 
 def mrope(positions, q, k, cos_sin_cache, head_size, rotary_dim, t, h, w, interleaved, is_neox):
-    rows = cos_sin_cache[positions]
-    if positions.dim() == 2:
-        axes = [axis for axis, count in enumerate((t, h, w)) for _ in range(count)]
-        if interleaved:
-            limit = {1: h, 2: w}
-            axes = [i % 3 if i % 3 and i // 3 < limit[i % 3] else 0 for i in range(rotary_dim // 2)]
-        rows = (
-            torch.stack([rows[axis, :, i] for i, axis in enumerate(axes * 2)], -1)
-            if False
-            else torch.cat(
-                [torch.stack([part[axis, :, i] for i, axis in enumerate(axes)], -1) for part in rows.chunk(2, -1)], -1
-            )
-        )
-    _rotate_in_place([q, k], rows, head_size, is_neox)
+    axes = [0] * t + [1] * h + [2] * w
+    if interleaved:
+        axes = [pair % 3 if pair // 3 < (t, h, w)[pair % 3] else 0 for pair in range(rotary_dim // 2)]
+    cos, sin = cos_sin_cache[positions].chunk(2, -1)
+    rows = torch.cat([torch.stack([part[a, :, i] for i, a in enumerate(axes)], -1) for part in (cos, sin)], -1)
+    for tensor in (q, k):
+        _rotate_in_place(tensor, rows, head_size, is_neox)
 
 
 def rope_out(q, k, q_rope, k_rope, table, pos_ids):
-    rotated = [q.clone(), k.clone()]
-    _rotate_in_place(rotated, table[pos_ids], q.shape[-1], True)
-    q_rope.copy_(rotated[0])
-    k_rope.copy_(rotated[1])
+    for source, target in ((q, q_rope), (k, k_rope)):
+        rotated = source.clone()
+        _rotate_in_place(rotated, table[pos_ids], source.shape[-1], True)
+        target.copy_(rotated)
 
 
-def _rotate_in_place(tensors: list[Tensor], rows: Tensor, head_dim: int, is_neox: bool) -> None:
+def apply_rope_pos_ids_cos_sin_cache(
+    q, k, q_rope, k_rope, cos_sin_cache, pos_ids, interleave, enable_pdl, v, k_buffer, v_buffer, kv_cache_loc
+):
+    for source, target in ((q, q_rope), (k, k_rope)):
+        rotated = source.clone()
+        _rotate_in_place(rotated, cos_sin_cache[pos_ids], source.shape[-1], not interleave)
+        target.copy_(rotated)
+    if k_buffer is not None:
+        store(k_rope, v, k_buffer, v_buffer, kv_cache_loc)
+
+
+def _rotate_in_place(tensor: Tensor, rows: Tensor, head_dim: int, is_neox: bool) -> None:
     """By complex multiplication."""
-    cos, sin = rows.float().chunk(2, -1)
-    turn = torch.complex(cos, sin)
+    turn = torch.complex(*rows.float().chunk(2, -1))[:, None]
     pairs = turn.shape[-1]
-    first, second = (
-        (slice(0, pairs), slice(pairs, 2 * pairs)) if is_neox else (slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2))
-    )
-    for tensor in tensors:
-        heads = tensor.view(rows.shape[0], -1, head_dim)
-        turned = torch.complex(heads[..., first].float(), heads[..., second].float()) * turn[:, None]
-        heads[..., first], heads[..., second] = turned.real.to(tensor.dtype), turned.imag.to(tensor.dtype)
+    first, second = slice(0, pairs), slice(pairs, 2 * pairs)
+    if not is_neox:
+        first, second = slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2)
+    heads = tensor.view(rows.shape[0], -1, head_dim)
+    turned = torch.complex(heads[..., first].float(), heads[..., second].float()) * turn
+    heads[..., first], heads[..., second] = turned.real.to(tensor.dtype), turned.imag.to(tensor.dtype)
 
 
 def store(k, v, k_cache, v_cache, slots):
-    for value, cache in ((k, k_cache), (v, v_cache)):
-        for row, slot in enumerate(slots.tolist()):
-            cache[slot] = value[row]
+    for row, slot in enumerate(slots.tolist()):
+        k_cache[slot], v_cache[slot] = k[row], v[row]
+
+
+def store_cache(k, v, k_cache, v_cache, indices, *, row_bytes=0, num_split=0):
+    store(k, v, k_cache, v_cache, indices)
 
 
 def reshape_and_cache_flash(key, value, key_cache, value_cache, slot_mapping, kv_cache_dtype, k_scale, v_scale):
@@ -94,13 +133,22 @@ def reshape_and_cache_flash(key, value, key_cache, value_cache, slot_mapping, kv
             key_cache[block, offset], value_cache[block, offset] = key[token], value[token]
 
 
-def register(namespace: str, *names: str, device: str = "CPU") -> torch.library.Library:
-    """A library `namespace` with the operations `names` (all of them, unless named); keep it as long as it is used."""
+def unified_kv_cache_update(key, value, layer_name):
+    return key.new_empty(0)
+
+
+_FAKES = {
+    "ir_rms_norm": lambda x, *_, **__: torch.empty_like(x),
+    "unified_kv_cache_update": lambda key, *_: key.new_empty(0),
+}
+
+
+def register(namespace: str, names: dict[str, str], device: str = "CPU") -> torch.library.Library:
+    """A library `namespace` that calls the stand-in `names[name]` `name`; it lives as long as what is returned."""
     library = torch.library.Library(namespace, "FRAGMENT")
-    for name in names or SCHEMAS:
-        library.define(name.removeprefix("ir_" if namespace == "vllm_ir" else "") + SCHEMAS[name])
-        library.impl(name.removeprefix("ir_" if namespace == "vllm_ir" else ""), globals()[name], device)
-        if name == "ir_rms_norm":
-            short = name.removeprefix("ir_") if namespace == "vllm_ir" else name
-            torch.library.register_fake(f"{namespace}::{short}", lambda x, *_, **__: torch.empty_like(x), lib=library)
+    for name, stand_in in names.items():
+        library.define(name + SCHEMAS[stand_in])
+        library.impl(name, globals()[stand_in], device)
+        if stand_in in _FAKES:
+            torch.library.register_fake(f"{namespace}::{name}", _FAKES[stand_in], lib=library)
     return library
