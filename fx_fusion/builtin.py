@@ -26,6 +26,7 @@ from fx_fusion.placement import (
     check_old_cache,
     check_order,
     check_scales,
+    check_sources,
 )
 from fx_fusion.region import strip_views
 from fx_fusion.sizes import Sizes, same
@@ -63,6 +64,7 @@ class QkNormRopeCache:
         stores = [match.key_store.store, match.value_store.store]
         caches = [store.cache for store in stores]
         check_scales(match.scales, caches[0])
+        check_sources(match.operands, [match.query.data, match.key.data, match.value_store.data])
         check_devices([*match.operands, *caches])
         check_convex(facts, match.operands, match.results)
         for cache in dict.fromkeys(caches):

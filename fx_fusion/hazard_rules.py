@@ -133,15 +133,33 @@ _REBINDS = ("aten.set_.",)
 _COLLECTIVES = ("_c10d_functional", "c10d", "_c10d_functional_autograd", "_dtensor", "symm_mem")
 
 
-def _transfer(view: View, node: Node) -> tuple[str, str] | None:
+def copied_from(node: Node) -> Node | None:
+    """What `node` is a copy of on another kind of device; None if it is no such copy."""
     if node.target not in _COPIES:
         return None
     source = node.args[1] if node.target in (aten.copy.default, aten.copy_.default) else node.args[0]
-    if not isinstance(source, Node):
+    if not isinstance(source, Node) or {d.type for d in devices(source)} == {d.type for d in devices(node)}:
         return None
-    if on_gpu(source) and _on_host(node):
+    return source
+
+
+def waits_for(node: Node) -> str | None:
+    """Why the host must wait for the device to know `node`, or None."""
+    if node.target is aten._local_scalar_dense.default:
+        return f"{node.args[0]} is read back"
+    known = {symbol for parent in node.all_input_nodes for symbol in _unbacked(parent)}
+    if _unbacked(node) <= known or not isinstance(node.meta.get("val"), torch.Tensor):
+        return None
+    return f"the size of {node.target} depends on values"
+
+
+def _transfer(view: View, node: Node) -> tuple[str, str] | None:
+    source = copied_from(node)
+    if source is None or source.op == "get_attr":
+        return None
+    if on_gpu(source):
         return "capture.device_to_host", f"{_told_name(source)} is copied to the CPU"
-    if not (view.stays_on_host(source) and on_gpu(node)) or source.op == "get_attr":
+    if not view.stays_on_host(source):
         return None
     if _is_drawn(source):
         return "capture.host_random", f"{source.target} draws on the CPU"
@@ -179,15 +197,12 @@ def _host_compute(view: View, node: Node) -> tuple[str, str] | None:
     return "capture.host_compute", f"{node.target} makes a tensor on the CPU"
 
 
-def _size_from_data(view: View, node: Node) -> tuple[str, str] | None:
-    if node.op != "call_function":
+def _waits(view: View, node: Node) -> tuple[str, str] | None:
+    reason = waits_for(node) if node.op == "call_function" else None
+    if reason is None:
         return None
-    if node.target is aten._local_scalar_dense.default:
-        return "capture.item", f"{node.args[0]} is read back"
-    known = {symbol for parent in node.all_input_nodes for symbol in _unbacked(parent)}
-    if _unbacked(node) <= known or not isinstance(node.meta["val"], torch.Tensor):
-        return None
-    return "capture.size_from_data", f"the size of {node.target} depends on values"
+    read_back = node.target is aten._local_scalar_dense.default
+    return "capture.item" if read_back else "capture.size_from_data", reason
 
 
 def _unbacked(node: Node) -> set[Any]:
@@ -267,5 +282,5 @@ def _collective(view: View, node: Node) -> tuple[str, str] | None:
 
 #: In this order; the first that has something to say about a node says it.
 _RULES: tuple[Rule, ...] = (
-    _transfer, _host_input, _host_compute, _size_from_data, _rebound, _mutated, _unsafe, _stream, _random, _collective,
+    _transfer, _host_input, _host_compute, _waits, _rebound, _mutated, _unsafe, _stream, _random, _collective,
 )  # fmt: skip

@@ -10,17 +10,48 @@ from torch.fx import Node
 from fx_fusion import opset
 from fx_fusion.decline import Decline
 from fx_fusion.facts import Facts
+from fx_fusion.hazard_rules import copied_from, waits_for
 from fx_fusion.stores import Store
 
 
 def check_devices(operands: Iterable[Node]) -> None:
-    """Every tensor that the kernel dereferences lies on one device."""
+    """Every tensor that the kernel dereferences lies on one device: of one kind, and of one index."""
     places: dict[torch.device, Node] = {}
     for node in operands:
         places.setdefault(node.meta["val"].device, node)
-    if len(places) > 1:
-        found = ", ".join(f"{node} on {device}" for device, node in places.items())
-        raise Decline("placement.device", f"expected every operand on one device, found {found}", list(places.values()))
+    if len(places) < 2:
+        return
+    found = ", ".join(f"{node} on {device}" for device, node in places.items())
+    on_host = [node for device, node in places.items() if device.type == "cpu"]
+    if on_host:
+        reason = f"the kernel reads every operand on its own device, found {found}; move {on_host[0]} there"
+        raise Decline("placement.on_host", reason, [*on_host, *on_host[0].users])
+    raise Decline("placement.device", f"expected every operand on one device, found {found}", list(places.values()))
+
+
+def check_sources(operands: Iterable[Node], data: Collection[Node]) -> None:
+    """On a GPU, no operand comes from a copy between host and device, or from what the host waits for.
+
+    The fused call would be right, but the graph cannot be captured: the layer says so. `data`, what the projections
+    give, is not followed: it depends on everything before it.
+    """
+    if any(node.meta["val"].device.type == "cpu" for node in data):
+        return
+    seen: set[Node] = set(data)
+    stack = list(operands)
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        source, wait = copied_from(node), waits_for(node)
+        if source is not None and source.op != "get_attr":
+            places = [value.meta["val"].device for value in (source, node)]
+            found = f"{node} is a copy of {source}, from {places[0]} to {places[1]}, inside the graph"
+            raise Decline("placement.transfer", f"{found}; expected a tensor that is there already", [node, source])
+        if wait is not None:
+            raise Decline("placement.waits", f"the host waits for a value on the way to an operand: {wait}", [node])
+        stack.extend(node.all_input_nodes)
 
 
 def check_scales(scales: Sequence[Node], cache: Node) -> None:
@@ -30,7 +61,7 @@ def check_scales(scales: Sequence[Node], cache: Node) -> None:
         place = scale.meta["val"].device
         if place.type == "cpu" != device.type:
             found = f"the scale {scale} is a tensor on the CPU, {cache} lies on {device}"
-            raise Decline("placement.scale_on_device", f"{found}; expected a number, or a tensor there", [scale])
+            raise Decline("placement.scale_on_host", f"{found}; expected a number, or a tensor there", [scale])
 
 
 def check_convex(facts: Facts, operands: Sequence[Node], results: Iterable[Node]) -> None:

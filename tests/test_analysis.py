@@ -119,9 +119,9 @@ def test_memory_is_bounded(monkeypatch):
 def test_devices_must_agree():
     build = Builder()
     x, scale = build.input("x", 2, device="meta"), build.input("scale")
-    with pytest.raises(Decline, match="x on meta, scale on cpu") as declined:
+    with pytest.raises(Decline, match="x on meta, scale on cpu; move scale there") as declined:
         check_devices([x, scale])
-    assert declined.value.code == "placement.device"
+    assert declined.value.code == "placement.on_host"
     check_devices([x])
 
 
