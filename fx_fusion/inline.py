@@ -31,6 +31,8 @@ from fx_fusion.meanings import HIDDEN
 from fx_fusion.opset import aten
 from fx_fusion.sizes import Sizes, admissible_sizes
 
+_VIEWS = (aten.view.default, aten._unsafe_view.default)
+
 
 @dataclass
 class _Expansion:
@@ -338,7 +340,9 @@ def _splice(
             continue
         name = f"{call.op._opname}_{node.name}"
         args, kwargs = map_aggregate((node.args, node.kwargs), value_here)
-        copied = graph.create_node("call_function", node.target, args, kwargs, name=name)
+        # Inductor's graphs hold no strict views at this point: what is viewed may get other strides by a rewrite.
+        target = aten.reshape.default if node.target in _VIEWS else node.target
+        copied = graph.create_node("call_function", target, args, kwargs, name=name)
         copied.meta = {"val": node.meta["val"]} if "val" in node.meta else {}
         for key in ("stack_trace", "nn_module_stack"):
             if key in call.node.meta:

@@ -32,3 +32,10 @@ def test_demo():
     printed = run("demo.py")
     assert "4 of 4 layers fused" in printed
     assert "yes" in printed
+
+
+def test_opaque_operations():
+    printed = run("opaque_ops.py")
+    assert "1 of 1 layers fused" in printed
+    assert "assumed: engine::rope_ = __main__.rope_meaning (compared on cpu: " in printed
+    assert "query and caches equal eager's" in printed

@@ -582,6 +582,47 @@ class Sglang(Opaque):
         torch.ops.sglang.store_cache(*flat, slots)
 
 
+class VllmStore(Vllm):
+    """The store that skips padding."""
+
+    dtype = "auto"
+
+    def put(self, k, v, k_cache, v_cache, slots):
+        scale = torch.ones(())
+        put = torch.ops._C_cache_ops.reshape_and_cache_flash
+        put(k, v, k_cache, v_cache, slots, self.dtype, scale, scale)
+
+
+def paged_arguments() -> tuple[Tensor, ...]:
+    """One token is padding."""
+    x, positions, slots, *caches = arguments(cache=(8, 8, NUM_KV_HEADS, HEAD_DIM))
+    slots[1] = -1
+    return x, positions, slots, *caches
+
+
+def test_a_store_that_skips_padding(libraries, graphs):
+    report = assert_fuses(VllmStore(), paged_arguments(), count=1)
+    assert report.fused[0].facts["masked"]
+    assert "_C_cache_ops" not in str(graphs[-1])
+
+
+def test_a_cache_whose_blocks_are_not_side_by_side(libraries):
+    """[blocks, Hk, block_size, D] in memory."""
+    x, positions, slots, *caches = paged_arguments()
+    caches = [cache.transpose(1, 2).contiguous().transpose(1, 2) for cache in caches]
+    report = assert_fuses(VllmStore(), (x, positions, slots, *caches), count=1)
+    assert report.fused[0].facts["addressed_by"] == "block and offset"
+
+
+def test_a_quantised_store_is_declined_by_name(libraries):
+    class Quantised(VllmStore):
+        dtype = "fp8"
+
+    report = fx_fusion.explain(Quantised(), *paged_arguments())
+    (layer,) = [layer for layer in report.declined if layer.code == "meaning.raises"]
+    assert "kv_cache_dtype='fp8'" in layer.reason
+
+
 @pytest.mark.parametrize("model", [Vllm, VllmText, Sglang], ids=lambda cls: cls.__name__)
 def test_ready_made(model, libraries):
     with torch._inductor.config.patch(enable_auto_functionalized_v2=model is Sglang):

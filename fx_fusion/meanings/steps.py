@@ -52,12 +52,18 @@ def mix_axes(rows: Tensor, section: Sequence[int], *, interleaved: bool) -> Tens
 
 
 def store_kept_slots(cache: Tensor, slots: Tensor, value: Tensor) -> None:
-    """``cache[slot] = value`` for each token whose slot is not negative.
+    """Store the value of each token whose slot is not negative.
 
     Args:
-        cache: [N, H, D]
-        slots: [T]
+        cache: [blocks, block_size, H, D]
+        slots: [T], a slot is ``block * block_size + offset``
         value: [T, H, D]
     """
     kept = (slots >= 0).unsqueeze(-1).unsqueeze(-1)
-    cache[slots] = torch.where(kept, value, cache[slots])
+    block_size = cache.shape[1]
+    if cache.stride(0) == block_size * cache.stride(1):
+        rows = cache.view(-1, *cache.shape[2:])
+        rows[slots] = torch.where(kept, value, rows[slots])
+    else:
+        blocks, offsets = slots // block_size, slots % block_size
+        cache[blocks, offsets] = torch.where(kept, value, cache[blocks, offsets])

@@ -119,7 +119,7 @@ def reshape_and_cache_flash(
         raise NotImplementedError(f"kv_cache_dtype={kv_cache_dtype!r} into a cache of {key_cache.dtype}: quantised")
     for source, cache in ((key, key_cache), (value, value_cache)):
         stored = source[: slot_mapping.shape[0]] if source.shape[0] != slot_mapping.shape[0] else source
-        store_kept_slots(cache.view(-1, *cache.shape[2:]), slot_mapping, stored)
+        store_kept_slots(cache, slot_mapping, stored)
 
 
 def _in_table(given: dict[str, Any]) -> None:
