@@ -6,9 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from fx_fusion.commands import doctor, explain, tune
+from fx_fusion.commands import doctor, explain, patch, tune
 
-COMMANDS = (doctor, explain, tune)
+COMMANDS = (doctor, explain, patch, tune)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

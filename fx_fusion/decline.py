@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch.fx import Node
@@ -125,14 +126,27 @@ class Decline(Exception):
 
 
 _TORCH = str(Path(torch.__file__).parent)
-_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)(?:, in (?P<function>\S+))?')
+
+
+class Frame(NamedTuple):
+    """A line of a user's function."""
+
+    file: str
+    line: int
+    function: str
+
+
+def frames(node: Node) -> list[Frame]:
+    """The frames outside torch that made `node`, the innermost last; none if the trace kept none."""
+    found = _FRAME.findall(node.meta.get("stack_trace") or "")
+    return [Frame(file, int(line), function) for file, line, function in found if not file.startswith(_TORCH)]
 
 
 def source_line(node: Node) -> str | None:
     """``file:line`` of the innermost frame outside torch that made `node`, or None if the trace kept none."""
-    trace = node.meta.get("stack_trace") or ""
-    frames = [(file, line) for file, line in _FRAME.findall(trace) if not file.startswith(_TORCH)]
-    return f"{frames[-1][0]}:{frames[-1][1]}" if frames else None
+    found = frames(node)
+    return f"{found[-1].file}:{found[-1].line}" if found else None
 
 
 def first_source_line(nodes: Iterable[Node]) -> str | None:

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 
 from fx_fusion.anatomy import Recorder
-from fx_fusion.commands.subject import Subject, SubjectError, add_arguments, build
+from fx_fusion.commands.subject import Subject, SubjectError, add_arguments, build, explain_quietly
 from fx_fusion.config import Config, OptionError
 from fx_fusion.difference import Change, compare
 from fx_fusion.dispatch import NAMES
 from fx_fusion.page import page
 from fx_fusion.report import FusionReport, runs
 from fx_fusion.terminal import print_lines, print_table
-from fx_fusion.trace import explain_to, home
+from fx_fusion.trace import home
 from fx_fusion.version import __version__
 
 EXAMPLE = """examples:
@@ -68,9 +68,7 @@ def _explain(subject: Subject, arguments: argparse.Namespace) -> int:
     target = arguments.target or home((subject.fn, subject.args, subject.kwargs))
     recorder = Recorder()
     started = time.perf_counter()
-    report = explain_to(
-        recorder, subject.fn, subject.args, subject.kwargs, Config(kernel=arguments.kernel, target=target)
-    )
+    report = explain_quietly(recorder, subject, Config(kernel=arguments.kernel, target=target))
     notes = (*subject.notes, f"target {target}; torch {torch.__version__}, fx_fusion {__version__}")
     _print(report, subject.title, notes, time.perf_counter() - started)
     if arguments.json:

@@ -7,12 +7,18 @@ import importlib
 import importlib.util
 import json
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from fx_fusion.config import Config
+from fx_fusion.observer import Observer
+from fx_fusion.report import FusionReport
+from fx_fusion.trace import explain_to
 
 PHASES = ("decode", "prefill")
 
@@ -67,6 +73,13 @@ def build(arguments: argparse.Namespace) -> Subject:
     if bool(arguments.factory) == bool(arguments.transformers):
         raise SubjectError("name one model: MODULE:FACTORY for your own, or --transformers CLASS --config FILE")
     return _own(arguments.factory) if arguments.factory else _from_transformers(arguments)
+
+
+def explain_quietly(observer: Observer, subject: Subject, config: Config) -> FusionReport:
+    """As :func:`fx_fusion.trace.explain_to`, without what Dynamo warns of while it traces somebody else's model."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return explain_to(observer, subject.fn, subject.args, subject.kwargs, config)
 
 
 # --- the user's own -------------------------------------------------------------------------------------------------
