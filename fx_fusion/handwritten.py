@@ -55,7 +55,7 @@ def operands(match: Match, labels: Mapping[Node, str]) -> list[Operand]:
     named = {
         "q": match.query.data, "k": match.key.data, "v": match.value_store.data,
         "q_weight": match.query_heads.norm.weight, "k_weight": match.key_heads.norm.weight,
-        **_angles(match), **_indices(match),
+        **_angles(match), **_indices(match), **_scales(match),
         "k_cache": match.key_store.store.cache, "v_cache": match.value_store.store.cache,
     }  # fmt: skip
     merged: dict[Node, list[str]] = {}
@@ -72,8 +72,13 @@ def _angles(match: Match) -> dict[str, Node | None]:
 
 
 def _indices(match: Match) -> dict[str, Node | None]:
-    addresses = match.key_store.addresses
-    return {"slots": addresses.slots.node, "blocks": addresses.blocks and addresses.blocks.node}
+    blocks = match.key_store.addresses.blocks
+    return {"slots": match.slots.node, "blocks": blocks and blocks.node}
+
+
+def _scales(match: Match) -> dict[str, Node | None]:
+    scales = {"k_scale": match.key_store.scale, "v_scale": match.value_store.scale}
+    return {name: scale for name, scale in scales.items() if isinstance(scale, Node)}
 
 
 def _joined(names: Sequence[str]) -> str:
@@ -99,6 +104,19 @@ def _origin(node: Node, labels: Mapping[Node, str]) -> str:
     return f"{what}, from {source}: {text}"
 
 
+def unwritable(match: Match) -> str | None:
+    """What the written function has no words for; None if it says all that the call says."""
+    for stored in (match.key_store, match.value_store):
+        addresses = stored.addresses
+        if addresses.stored is not None and not addresses.stored.by_sign:
+            return f"which tokens are stored is told by a mask, {addresses.stored.index}"
+        if addresses.slot_group or addresses.lane_group:
+            return "the cache lies in groups (the shuffle layout)"
+        if stored.dtype != stored.store.cache.meta["val"].dtype:
+            return f"the cache holds {stored.dtype} in a tensor of another dtype"
+    return "the cache is filled by a slice, not by slots" if match.slots.node is None else None
+
+
 def function(name: str, match: Match, labels: Mapping[Node, str], implementation: str) -> str:
     """The source of a function `name` that computes what the match does, with every argument that was read off.
 
@@ -117,7 +135,7 @@ def function(name: str, match: Match, labels: Mapping[Node, str], implementation
     documented = [f"        {operand.name}: {operand.words}" for operand in given]
     if per_batch:
         documented.append(f"        batch: number of sequences ({match.grid[0]} as traced)")
-    arguments = [*_tensor_arguments(match, names, batch), *_options(match, implementation)]
+    arguments = [*_tensor_arguments(match, names, batch), *_options(match, names, implementation)]
     lines = [
         f"def {name}({', '.join(parameters)}):",
         '    """Split, RMSNorm, rotation and cache store in one call. The caches are written in place.',
@@ -143,7 +161,7 @@ def _tensor_arguments(match: Match, names: Mapping[Node, str], batch: str) -> It
         yield f"{name}={names[norm.weight] if norm.weight is not None else None}"
     yield from _angle_arguments(match, names, batch)
     addresses = match.key_store.addresses
-    yield f"slots={_index(names, addresses.slots, batch)}"
+    yield f"slots={_index(names, match.slots, batch)}"
     yield f"blocks={_index(names, addresses.blocks, batch) if addresses.blocks else None}"
     for name, stored in (("k_cache", match.key_store), ("v_cache", match.value_store)):
         yield f"{name}={_cache(names[stored.store.cache], stored)}"
@@ -195,6 +213,7 @@ def _rows(name: str, lanes: Lanes, batch: str) -> str:
 
 
 def _index(names: Mapping[Node, str], index: Index, batch: str) -> str:
+    assert index.node is not None, "see unwritable"
     return f"{names[index.node]}.reshape({batch if index.per_batch else '1'}, -1)"
 
 
@@ -230,11 +249,17 @@ def _numbers(sizes: Iterable[Any]) -> list[int]:
     return [size if isinstance(size, int) else int(size.node.hint) for size in sizes]
 
 
-def _options(match: Match, implementation: str) -> Iterator[str]:
+def _options(match: Match, names: Mapping[Node, str], implementation: str) -> Iterator[str]:
     told = call_options(match)
     for name in ("q_eps", "k_eps", "gemma_norm", "rotary_dim", "is_neox"):
         yield f"{name}={told[name]!r}"
     yield f"axes={written_axes(told['axes'])}"
+    for name, scale in (("k_scale", match.key_store.scale), ("v_scale", match.value_store.scale)):
+        if scale is not None:
+            yield f"{name}={names[scale] if isinstance(scale, Node) else repr(scale)}"
+    for name in ("saturate", "skip_negative_slots"):
+        if told[name]:
+            yield f"{name}=True"
     yield f"return_k={match.return_k}"
     yield f'implementation="{implementation}"'
 

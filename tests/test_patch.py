@@ -107,6 +107,35 @@ def test_keys_and_values_in_one_tensor(model):
     assert "kv_cache" in source or "vk_cache" in source
 
 
+def test_scales():
+    class Scaled(Prologue):
+        def forward(self, x, positions, slots, k_cache, v_cache, scale):
+            self.scale = scale
+            return super().forward(x, positions, slots, k_cache, v_cache)
+
+        def store(self, cache, slots, value):
+            cache[slots] = value / self.scale
+
+    args = (*arguments(), torch.tensor(0.5))
+    assert "k_scale=" in assert_the_call_is_right(Scaled(), args)
+
+    class Fixed(Prologue):
+        def store(self, cache, slots, value):
+            cache[slots] = value / 0.25
+
+    assert "k_scale=0.25" in assert_the_call_is_right(Fixed(), arguments())
+
+
+def test_what_has_no_words_says_so():
+    class Sliced(Prologue):
+        def store(self, cache, slots, value):
+            cache[3 : 3 + value.shape[0]] = value
+
+    text, complete = patch.patch(Subject(Sliced(), arguments()))
+    assert not complete and "has no snippet: the cache is filled by a slice" in text
+    compile(text, "snippet", "exec")
+
+
 @pytest.mark.parametrize(("family", "tokens"), [("qwen3_vl_text", 1), ("qwen3_5_text", 5)])
 def test_transformers(family, tokens):
     run = Run(family)

@@ -18,7 +18,7 @@ from fx_fusion.commands.subject import Subject, SubjectError, add_arguments, bui
 from fx_fusion.config import Config, OptionError
 from fx_fusion.dispatch import KERNELS
 from fx_fusion.facts import Facts
-from fx_fusion.handwritten import function, identifier, place, quoted
+from fx_fusion.handwritten import function, identifier, place, quoted, unwritable
 from fx_fusion.observer import Observer
 from fx_fusion.patterns.qk_norm_rope_cache import Match
 from fx_fusion.registry import Fusion
@@ -103,6 +103,9 @@ class Writer(Observer):
             self.kinds[key].modules.append(module)
         elif layer.state == "declined":
             self.kinds[key] = Kind([module], _reason(layer), complete=False)
+        elif (reason := unwritable(match)) is not None:
+            text = f"# fuses when compiled, but has no snippet: {reason}\n"
+            self.kinds[key] = Kind([module], text, complete=False)
         else:
             self.kinds[key] = Kind([module], self._snippet(facts, match, layer, module), complete=True)
 
