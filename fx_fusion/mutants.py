@@ -96,8 +96,10 @@ def rewritten(mutant: Mutant) -> tuple[GraphModule, FusionReport]:
 def capture(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> Mutant:
     """The post-grad graph of ``fn(*args, **kwargs)``, unchanged, with copies of the inputs that it was called with.
 
+    Of several graphs, the one that stores into an input.
+
     Raises:
-        ValueError: not exactly one graph stores into an input.
+        ValueError: there are several graphs, and not exactly one stores into an input.
     """
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.fx_passes.post_grad import view_to_reshape
@@ -111,8 +113,7 @@ def capture(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, An
         def call(inputs: list[Any]) -> Any:
             arguments = list(inputs)
             inputs.clear()
-            if any(_is_store(node) for node in gm.graph.nodes):
-                found.append((gm, tuple(copies(arguments))))
+            found.append((gm, tuple(copies(arguments))))
             return gm(*arguments)
 
         call._boxed_call = True  # type: ignore[attr-defined]
@@ -128,9 +129,13 @@ def capture(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, An
             torch.compile(fn, backend=backend, dynamic=False)(*args, **(kwargs or {}))
     finally:
         torch._dynamo.reset()
-    if len(found) != 1:
-        raise ValueError(f"{len(found)} graphs store into an input; expected one")
-    gm, inputs = found[0]
+    storing = [(gm, inputs) for gm, inputs in found if any(_is_store(node) for node in gm.graph.nodes)]
+    chosen = storing if len(found) > 1 else found
+    if len(chosen) != 1:
+        raise ValueError(
+            f"of {len(found)} graphs {len(storing)} store into an input; expected one graph, or one that does"
+        )
+    gm, inputs = chosen[0]
     _, projections = region(gm.graph)
     return Mutant("unchanged", gm, inputs, tuple(node.name for node in projections))
 
@@ -143,13 +148,13 @@ def copies(values: Sequence[Any]) -> list[Any]:
 def region(graph: Graph) -> tuple[list[Node], list[Node]]:
     """The nodes between the projections and the stores or the query's consumer, frontier included; the projections.
 
-    Back from every store as far as matrix products, forward from each float found (the query shares the projection or
-    the angles), and back again.
+    Back from every store (where there is none, from every output) as far as matrix products, forward from each float
+    found (the query shares the projection or the angles), and back again.
     """
     stores = [node for node in graph.nodes if _is_store(node)]
     inside: dict[Node, None] = {}
     starts: dict[Node, None] = {}
-    _walk_back([node.args[1] for node in stores], inside, starts)
+    _walk_back([node.args[1] for node in stores] or list(graph.output_node().all_input_nodes), inside, starts)
     forward = [node for node in (*inside, *starts) if _is_float(node)]
     reached: list[Node] = []
     while forward:

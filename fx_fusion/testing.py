@@ -7,6 +7,7 @@ def test_my_attention():
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,10 @@ TOLERANCE = {
     torch.float16: 1e-2,
     torch.bfloat16: 6e-2,
 }
+
+
+#: In float64, where only a kernel that computes in float32 inside rounds at all.
+FLOAT64_TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -119,6 +124,101 @@ def assert_declines(
     assert not report.fused and code in codes, f"expected a decline with code {code!r}\n{report}"
     _assert_as_in_eager(outcome, fn, args, kwargs)
     return report
+
+
+def assert_equal_after_fusion(
+    fn: Callable[..., Any],
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    kernel: str = "reference",
+    inner: str = "eager",
+    dynamic: bool | None = False,
+) -> FusionReport:
+    """Assert that something fuses, and that outputs, changed arguments and module state are as in eager PyTorch: in the
+    dtypes given, and once more in float64 (the traced graph, reference kernel), where rounding hides no difference.
+
+    Returns:
+        The report of the run in the dtypes given.
+
+    Raises:
+        AssertionError: with the report.
+    """
+    outcome = run(fn, args, kwargs, kernel=kernel, inner=inner, dynamic=dynamic)
+    assert outcome.report.fused, f"expected something to fuse\n{outcome.report}"
+    _assert_as_in_eager(outcome, fn, args, kwargs)
+    _assert_equal_in_float64(fn, args, kwargs)
+    return outcome.report
+
+
+def _assert_equal_in_float64(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> None:
+    """The traced graph before and after the pass, every float of both raised to float64."""
+    from fx_fusion.boundary import Trial
+    from fx_fusion.mutants import capture, copies, rewritten
+    from fx_fusion.oracle import Runnable
+
+    original = capture(*copy.deepcopy((fn, tuple(args), dict(kwargs or {}))))
+    fused, report = rewritten(original)
+    graphs = (fused, original.module)
+    actual, expected = (
+        Runnable(graph, (), double=True)(Trial("as given", copies(original.inputs))) for graph in graphs
+    )
+    for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        difference = relative_difference(a, e) if e.is_floating_point() else float(not torch.equal(a, e))
+        assert difference <= FLOAT64_TOLERANCE, f"in float64, value {i} differs by {difference:.1e}\n{report}"
+
+
+@dataclass(frozen=True)
+class MutantTally:
+    """What became of mutants.
+
+    Attributes:
+        refused: how many were left unfused, by the code of the decline.
+        right: how many were fused, and computed what the mutant itself computes.
+        wrong: what was fused wrongly: which change, on which input, and how it showed.
+    """
+
+    refused: Mapping[str, int]
+    right: int
+    wrong: tuple[str, ...]
+
+
+def mutants(
+    fn: Callable[..., Any],
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    count: int = 50,
+    seed: int = 0,
+    trials: int = 8,
+) -> MutantTally:
+    """Change one thing of the graph of `fn` at a time, at random, and see that no mutant is fused wrongly.
+
+    Each mutant must be left unfused, or be rewritten into what the mutant itself computes, run unfused in eager
+    PyTorch, on the inputs given and on `trials` boundary inputs (zeros, one-hot, tiny and huge rows, infinities, NaN).
+
+    Raises:
+        AssertionError: a mutant was fused wrongly; or the unchanged graph does not fuse, so that nothing was tested.
+    """
+    from fx_fusion.mutants import Mutants, rewritten
+    from fx_fusion.oracle import judge
+
+    torch.manual_seed(seed)
+    made = Mutants.of(fn, args, kwargs, count=count, seed=seed)
+    _, report = rewritten(made.original)
+    assert report.fused, f"the unchanged graph does not fuse, so no mutant can be fused wrongly\n{report}"
+    refused: Counter[str] = Counter()
+    right, wrong = 0, list[str]()
+    for number, mutant in enumerate(made):
+        fused, report = rewritten(mutant)
+        if not report.fused:
+            refused[str(report.layers[0].code) if report.layers else "nothing found"] += 1
+            continue
+        found = judge(mutant, fused, count=trials, seed=number)
+        right += found is None
+        wrong += [f"{mutant.description}; {found.trial}: {found.what}"] if found else []
+    assert not wrong, "mutants that were fused wrongly:\n" + "\n".join(wrong)
+    return MutantTally(dict(refused), right, tuple(wrong))
 
 
 def _assert_as_in_eager(

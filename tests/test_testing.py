@@ -44,3 +44,43 @@ def test_arguments_are_left_alone():
     before = [arg.clone() for arg in args]
     testing.assert_fuses(Prologue(), args, count=1)
     assert all(torch.equal(a, b) for a, b in zip(args, before, strict=True))
+
+
+def test_assert_equal_after_fusion_in_both_arithmetics():
+    report = testing.assert_equal_after_fusion(Prologue(), arguments())
+    assert len(report.fused) == 1
+    with pytest.raises(AssertionError, match=r"expected something to fuse\n(.|\n)*proof.not_analytic"):
+        testing.assert_equal_after_fusion(Clamped(), arguments())
+
+
+def test_float64_shows_what_rounding_hides(monkeypatch):
+    from fx_fusion.kernels import reference
+
+    store = reference.store
+    monkeypatch.setattr(reference, "store", lambda value, *rest: store(value * (1 + 1e-3), *rest))
+    model, args = Prologue(torch.bfloat16), arguments(dtype=torch.bfloat16)
+    testing.assert_fuses(model, args, count=1)
+    with pytest.raises(AssertionError, match=r"in float64, value \d+ differs by"):
+        testing.assert_equal_after_fusion(model, args)
+
+
+def test_mutants_of_a_users_pattern(monkeypatch):
+    from own import patterns
+
+    import fx_fusion
+
+    def model(x, weight):
+        return torch.nn.functional.rms_norm(x, (16,), weight, 1e-6).tanh()
+
+    args = (torch.randn(3, 16), torch.rand(16) + 0.5)
+    with fx_fusion.fusions():
+        with pytest.raises(AssertionError, match="the unchanged graph does not fuse"):
+            testing.mutants(model, args, count=1)
+        fx_fusion.register_fusion(pattern=patterns.rms_norm, replacement=patterns.my_rms_norm)
+        tally = testing.mutants(model, args, count=25, trials=4)
+        assert tally.refused and tally.right and not tally.wrong
+        monkeypatch.setattr("fx_fusion.search.TOLERANCE", 1.0)
+        monkeypatch.setattr("fx_fusion.function_fusion.TOLERANCE", 1.0)
+        monkeypatch.setattr("fx_fusion.function_fusion.NATIVE_TOLERANCE", {torch.float32: 1.0})
+        with pytest.raises(AssertionError, match="mutants that were fused wrongly"):
+            testing.mutants(model, args, count=25, trials=4)

@@ -10,9 +10,9 @@ import torch
 
 from fx_fusion.dispatch import KernelUnavailable
 from fx_fusion.mutants import Mutant, Mutants, rewritten
+from fx_fusion.oracle import Wrong, judge
 from fx_fusion.report import FusionReport
 from mutation.corpus import CASES
-from mutation.oracle import Wrong, judge
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ def trials(mutant: Mutant, count: int, seed: int) -> Iterator[Trial]:
     places = _sources(mutant)
     for _ in range(count):
         # Half of them change the projections' results, where most of the region's behaviour is.
-        place = chance.choice(mutant.projections if chance.random() < 0.5 else places)
+        place = chance.choice(mutant.projections if mutant.projections and chance.random() < 0.5 else places)
         yield _trial(mutant, place, chance)
 
 
