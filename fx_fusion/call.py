@@ -106,7 +106,7 @@ def _insert_triton(
     arguments = {
         "kernel_idx": kernel_side_table.add_kernel(triton.with_warps(launch.tile.num_warps)),
         "constant_args_idx": kernel_side_table.add_constant_args(constant),
-        "grid": [(launch.programs, 1, 1)],
+        "grid": [(*launch.grid, 1)],
         "tma_descriptor_metadata": {},
         "kwargs": {**present, **symbolic},
         "tensors_to_clone": written,

@@ -1,8 +1,8 @@
 """The Triton kernel: split → rmsnorm → mrope → cache-store, in one launch, on NVIDIA and AMD.
 
-A program serves TOKENS tokens and HEADS heads of q, of k or of v. What the
-heads of a token share (weights, cosines, sines) is loaded once, in the shape of the tile that a head is loaded in,
-[TOKENS, lanes], so that nothing moves between threads but the sum of squares.
+A program serves TOKENS tokens and HEADS heads of q, of k or of v. What the heads of a token share (weights, cosines,
+sines) is loaded once, in the shape of the tile that a head is loaded in, [TOKENS, lanes], so that nothing moves between
+threads but the sum of squares.
 
 Arithmetic is float32. q and k are rounded once, to their own dtype; a cache of another dtype gets that value divided by
 its scale and rounded again (to nearest, ties to even).
@@ -30,16 +30,15 @@ def qk_norm_rope_cache(
     v_cache_offset, v_num_blocks, v_block_size,
     v_block_stride, v_slot_stride, v_cache_head_stride, v_lane_stride, v_slot_group_stride, v_lane_group_stride,
     ONE_SEQUENCE: tl.constexpr, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    ROTARY_DIM: tl.constexpr,
+    ROTARY_DIM: tl.constexpr, REST_WIDTH: tl.constexpr,
     IS_NEOX: tl.constexpr, Q_EPS: tl.constexpr, K_EPS: tl.constexpr, GEMMA_NORM: tl.constexpr,
     ANGLE_PER_LANE: tl.constexpr, NUM_AXES: tl.constexpr, AXES: tl.constexpr, SAME_ROWS: tl.constexpr,
     SKIP_NEGATIVE_SLOTS: tl.constexpr, SATURATE: tl.constexpr, K_SCALE: tl.constexpr, V_SCALE: tl.constexpr,
     K_SLOT_GROUP: tl.constexpr, K_LANE_GROUP: tl.constexpr, V_SLOT_GROUP: tl.constexpr, V_LANE_GROUP: tl.constexpr,
-    K_FLOAT8: tl.constexpr, V_FLOAT8: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, ALL_HEADS: tl.constexpr,
+    K_FLOAT8: tl.constexpr, V_FLOAT8: tl.constexpr, CONVERTS_FLOAT8: tl.constexpr,
+    TOKENS: tl.constexpr, HEADS: tl.constexpr, ALL_HEADS: tl.constexpr, HEADS_AHEAD: tl.constexpr,
 ):  # fmt: skip
-    tiles = tl.cdiv(num_tokens, TOKENS)
-    group = tl.program_id(0) // tiles
-    token = tl.program_id(0) % tiles * TOKENS + tl.arange(0, TOKENS)
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     live = token < num_tokens
     # One sequence is told apart, since a division costs more than all of a program's other index arithmetic.
     batch, seq = (tl.zeros_like(token), token) if ONE_SEQUENCE else (token // seq_len, token % seq_len)
@@ -47,44 +46,54 @@ def qk_norm_rope_cache(
     heads = HEADS if ALL_HEADS else heads_per_program
     # No head is left over: nothing to ask.
     EVEN: tl.constexpr = ALL_HEADS and NUM_HEADS % HEADS + NUM_KV_HEADS % HEADS == 0
+    PARTS: tl.constexpr = 2 + _rests(HEAD_DIM, ROTARY_DIM, REST_WIDTH)
     q_groups = tl.cdiv(NUM_HEADS, heads)
     kv_groups = tl.cdiv(NUM_KV_HEADS, heads)
-    if group < q_groups + kv_groups:
+    group = tl.program_id(1)
+    is_q = group < q_groups
+    is_v = group >= q_groups + kv_groups
+    first_head = (group if is_q else group - q_groups - kv_groups if is_v else group - q_groups) * heads
+    last_head = min(first_head + heads, NUM_HEADS if is_q else NUM_KV_HEADS)
+    if HEADS_AHEAD:
+        # Few programs all wait for memory. In one block with the angles, heads would be asked for only when positions
+        # have come: so the assembler orders loads. Ahead of any branch, heads are on their way by then.
+        ahead = _load_heads(
+            tl.where(is_q, q, tl.where(is_v, v, k)),
+            q_batch_stride if is_q else v_batch_stride if is_v else k_batch_stride,
+            q_token_stride if is_q else v_token_stride if is_v else k_token_stride,
+            q_head_stride if is_q else v_head_stride if is_v else k_head_stride,
+            batch, seq, live, first_head, last_head, HEADS, EVEN, HEAD_DIM, ROTARY_DIM, REST_WIDTH, IS_NEOX,
+        )  # fmt: skip
+    if not is_v:
         # q and k take one path: less code to fetch, which is half the time of a small launch.
-        is_q = group < q_groups
-        first_head = (group if is_q else group - q_groups) * heads
-        num_heads = NUM_HEADS if is_q else NUM_KV_HEADS
-        source = q if is_q else k
-        rows = source + _token(
-            batch, q_batch_stride if is_q else k_batch_stride, seq, q_token_stride if is_q else k_token_stride
-        )
-        head_stride = q_head_stride if is_q else k_head_stride
+        if HEADS_AHEAD:
+            loaded = ahead
+        else:
+            # All loads of heads come before their first use, so that they are in flight together.
+            loaded = _load_heads(
+                tl.where(is_q, q, k), q_batch_stride if is_q else k_batch_stride,
+                q_token_stride if is_q else k_token_stride, q_head_stride if is_q else k_head_stride,
+                batch, seq, live, first_head, last_head, HEADS, EVEN, HEAD_DIM, ROTARY_DIM, REST_WIDTH, IS_NEOX,
+            )  # fmt: skip
         weight = q_weight
         if q_weight is not None:
             weight = q_weight if is_q else k_weight
         eps = Q_EPS
         if Q_EPS is not None:
             eps = Q_EPS if is_q else K_EPS
-        last_head = min(first_head + heads, num_heads)
-        # All loads of heads come first, so that they are in flight together, and with those of the angles.
-        loaded = ()
-        for turn in tl.static_range(HEADS):
-            here = live if EVEN else live & (first_head + turn < last_head)
-            head_rows = rows + (first_head + turn) * head_stride
-            loaded += (_load_head(head_rows, here, HEAD_DIM, ROTARY_DIM, IS_NEOX),)
         factors, angles = _load_factors(
             weight, cos, sin, positions, batch, seq, live,
             cos_batch_stride, cos_row_stride, cos_lane_stride, sin_batch_stride, sin_row_stride, sin_lane_stride,
             cos_table_rows, sin_table_rows, positions_axis_stride, positions_batch_stride, positions_token_stride,
-            HEAD_DIM, ROTARY_DIM, IS_NEOX, GEMMA_NORM, ANGLE_PER_LANE, NUM_AXES, AXES, SAME_ROWS,
+            HEAD_DIM, ROTARY_DIM, REST_WIDTH, IS_NEOX, GEMMA_NORM, ANGLE_PER_LANE, NUM_AXES, AXES, SAME_ROWS,
         )  # fmt: skip
         if is_q:
             q_out_rows = q_out + token.to(tl.int64) * (NUM_HEADS * HEAD_DIM)
             for turn in tl.static_range(HEADS):
                 if EVEN or first_head + turn < last_head:
-                    rotated = _norm_rope(loaded[turn], factors, angles, eps, HEAD_DIM, ROTARY_DIM)
+                    rotated = _norm_rope(loaded[turn], factors, angles, eps, HEAD_DIM, ROTARY_DIM, REST_WIDTH)
                     head_rows = q_out_rows + (first_head + turn) * HEAD_DIM
-                    _store_head(head_rows, live, rotated, 1, 0, 0, HEAD_DIM, ROTARY_DIM, IS_NEOX)
+                    _store_head(head_rows, live, rotated, 1, 0, 0, HEAD_DIM, ROTARY_DIM, REST_WIDTH, IS_NEOX)
         else:
             place, stored = _cache_place(
                 slots, slots_batch_stride, slots_token_stride, blocks, blocks_batch_stride, blocks_token_stride,
@@ -94,18 +103,14 @@ def qk_norm_rope_cache(
             k_cache_rows = _bytes(k_cache + k_cache_offset + place, K_FLOAT8)
             for turn in tl.static_range(HEADS):
                 if EVEN or first_head + turn < last_head:
-                    rotated = _norm_rope(loaded[turn], factors, angles, eps, HEAD_DIM, ROTARY_DIM)
+                    rotated = _norm_rope(loaded[turn], factors, angles, eps, HEAD_DIM, ROTARY_DIM, REST_WIDTH)
                     if k_out is not None:
                         k_out_rows = k_out + (token.to(tl.int64) * NUM_KV_HEADS + first_head + turn) * HEAD_DIM
-                        _store_head(k_out_rows, live, rotated, 1, 0, 0, HEAD_DIM, ROTARY_DIM, IS_NEOX)
-                    k_stored = (
-                        _to_cache(rotated[0], k_scale, k_cache, K_SCALE, K_FLOAT8, SATURATE),
-                        _to_cache(rotated[1], k_scale, k_cache, K_SCALE, K_FLOAT8, SATURATE),
-                        _to_cache(rotated[2], k_scale, k_cache, K_SCALE, K_FLOAT8, SATURATE),
-                    )
+                        _store_head(k_out_rows, live, rotated, 1, 0, 0, HEAD_DIM, ROTARY_DIM, REST_WIDTH, IS_NEOX)
                     _store_head(
-                        k_cache_rows + (first_head + turn) * k_cache_head_stride, stored, k_stored,
-                        k_lane_stride, k_lane_group_stride, K_LANE_GROUP, HEAD_DIM, ROTARY_DIM, IS_NEOX,
+                        k_cache_rows + (first_head + turn) * k_cache_head_stride, stored,
+                        _to_cache(rotated, k_scale, k_cache, K_SCALE, K_FLOAT8, SATURATE, CONVERTS_FLOAT8, PARTS),
+                        k_lane_stride, k_lane_group_stride, K_LANE_GROUP, HEAD_DIM, ROTARY_DIM, REST_WIDTH, IS_NEOX,
                     )  # fmt: skip
     else:
         place, stored = _cache_place(
@@ -115,21 +120,29 @@ def qk_norm_rope_cache(
         )  # fmt: skip
         # Where one tensor holds both caches, it is passed once.
         v_base = k_cache if v_cache is None else v_cache
-        v_rows = v + _token(batch, v_batch_stride, seq, v_token_stride)
         v_cache_rows = _bytes(v_base + v_cache_offset + place, V_FLOAT8)
-        first_head = (group - q_groups - kv_groups) * heads
-        last_head = min(first_head + heads, NUM_KV_HEADS)
-        values = ()
-        for turn in tl.static_range(HEADS):
-            here = live if EVEN else live & (first_head + turn < last_head)
-            values += (_load_lanes(v_rows + (first_head + turn) * v_head_stride, here, 0, HEAD_DIM, 1),)
-        for turn in tl.static_range(HEADS):
-            here = stored if EVEN else stored & (first_head + turn < last_head)
-            _store_lanes(
-                v_cache_rows + (first_head + turn) * v_cache_head_stride, here,
-                _to_cache(values[turn], v_scale, v_base, V_SCALE, V_FLOAT8, SATURATE),
-                0, HEAD_DIM, v_lane_stride, v_lane_group_stride, V_LANE_GROUP,
-            )  # fmt: skip
+        if HEADS_AHEAD:
+            values = ahead
+            for turn in tl.static_range(HEADS):
+                _store_head(
+                    v_cache_rows + (first_head + turn) * v_cache_head_stride,
+                    stored if EVEN else stored & (first_head + turn < last_head),
+                    _to_cache(values[turn], v_scale, v_base, V_SCALE, V_FLOAT8, SATURATE, CONVERTS_FLOAT8, PARTS),
+                    v_lane_stride, v_lane_group_stride, V_LANE_GROUP, HEAD_DIM, ROTARY_DIM, REST_WIDTH, IS_NEOX,
+                )  # fmt: skip
+        else:
+            v_rows = v + _token(batch, v_batch_stride, seq, v_token_stride)
+            values = ()
+            for turn in tl.static_range(HEADS):
+                here = live if EVEN else live & (first_head + turn < last_head)
+                values += (_load_lanes(v_rows + (first_head + turn) * v_head_stride, here, 0, HEAD_DIM, 1),)
+            stored_values = _to_cache(values, v_scale, v_base, V_SCALE, V_FLOAT8, SATURATE, CONVERTS_FLOAT8, HEADS)
+            for turn in tl.static_range(HEADS):
+                _store_lanes(
+                    v_cache_rows + (first_head + turn) * v_cache_head_stride,
+                    stored if EVEN else stored & (first_head + turn < last_head),
+                    stored_values[turn], 0, HEAD_DIM, v_lane_stride, v_lane_group_stride, V_LANE_GROUP,
+                )  # fmt: skip
 
 
 @triton.jit
@@ -145,21 +158,19 @@ def _load_factors(
     weight, cos, sin, positions, batch, seq, live,
     cos_batch_stride, cos_row_stride, cos_lane_stride, sin_batch_stride, sin_row_stride, sin_lane_stride,
     cos_table_rows, sin_table_rows, positions_axis_stride, positions_batch_stride, positions_token_stride,
-    HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, IS_NEOX: tl.constexpr, GEMMA_NORM: tl.constexpr,
+    HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, REST_WIDTH: tl.constexpr, IS_NEOX: tl.constexpr,
+    GEMMA_NORM: tl.constexpr,
     ANGLE_PER_LANE: tl.constexpr, NUM_AXES: tl.constexpr, AXES: tl.constexpr, SAME_ROWS: tl.constexpr,
 ):  # fmt: skip
     """What all heads of a token share: the norm's weights, and cosine and sine for either lane of a pair."""
-    factors = (1.0, 1.0, 1.0)
+    PARTS: tl.constexpr = 2 + _rests(HEAD_DIM, ROTARY_DIM, REST_WIDTH)
+    factors = (1.0,) * PARTS
     if weight is not None:
         # The same for every token, but loaded in the shape of the tile: nothing moves between threads later.
-        weights = weight + tl.zeros_like(seq)
-        first_factor, second_factor = _load_pairs(weights, live, 1, ROTARY_DIM, IS_NEOX)
-        rest_factor = first_factor
-        if ROTARY_DIM < HEAD_DIM:
-            rest_factor = _load_lanes(weights, live, ROTARY_DIM, HEAD_DIM - ROTARY_DIM, 1)
-        factors = (
-            _factor(first_factor, GEMMA_NORM), _factor(second_factor, GEMMA_NORM), _factor(rest_factor, GEMMA_NORM),
-        )  # fmt: skip
+        weights = _load_head(weight + tl.zeros_like(seq), live, HEAD_DIM, ROTARY_DIM, REST_WIDTH, IS_NEOX)
+        factors = ()
+        for part in tl.static_range(PARTS):
+            factors += (_factor(weights[part], GEMMA_NORM),)
     if NUM_AXES == 0:
         cos_rows = cos + _token(batch, cos_batch_stride, seq, cos_row_stride)
         sin_rows = sin + _token(batch, sin_batch_stride, seq, sin_row_stride)
@@ -194,30 +205,34 @@ def _load_factors(
 
 
 @triton.jit
-def _load_head(rows, live, HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, IS_NEOX: tl.constexpr):
-    """One head of every token: the two lanes of each pair and the lanes that do not rotate."""
-    first, second = _load_pairs(rows, live, 1, ROTARY_DIM, IS_NEOX)
-    rest = first
-    if ROTARY_DIM < HEAD_DIM:
-        rest = _load_lanes(rows, live, ROTARY_DIM, HEAD_DIM - ROTARY_DIM, 1)
-    return first, second, rest
-
-
-@triton.jit
-def _norm_rope(head, factors, angles, eps, HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr):
+def _norm_rope(head, factors, angles, eps, HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, REST_WIDTH: tl.constexpr):
     """`head` normalised and rotated, in float32, and rounded to its dtype."""
     dtype: tl.constexpr = head[0].dtype
-    first, second, rest = head[0].to(tl.float32), head[1].to(tl.float32), head[2].to(tl.float32)
+    RESTS: tl.constexpr = _rests(HEAD_DIM, ROTARY_DIM, REST_WIDTH)
+    values = ()
+    for part in tl.static_range(2 + RESTS):
+        values += (head[part].to(tl.float32),)
     if eps is not None:
-        squares = tl.sum(first * first + second * second, 1)
-        if ROTARY_DIM < HEAD_DIM:
-            squares += tl.sum(rest * rest, 1)
-        scale = tl.rsqrt(squares * (1.0 / HEAD_DIM) + eps)[:, None]
-        first, second, rest = first * scale, second * scale, rest * scale
-    first, second, rest = first * factors[0], second * factors[1], rest * factors[2]
-    rotated_first = first * angles[0] - second * angles[2]
-    rotated_second = second * angles[1] + first * angles[3]
-    return rotated_first.to(dtype), rotated_second.to(dtype), rest.to(dtype)
+        squares = values[0] * values[0] + values[1] * values[1]
+        if REST_WIDTH * 2 == ROTARY_DIM:
+            for part in tl.static_range(2, 2 + RESTS):
+                squares += values[part] * values[part]
+        total = tl.sum(squares, 1)
+        if REST_WIDTH * 2 != ROTARY_DIM:
+            for part in tl.static_range(2, 2 + RESTS):
+                total += tl.sum(values[part] * values[part], 1)
+        scale = tl.rsqrt(total * (1.0 / HEAD_DIM) + eps)[:, None]
+    normed = ()
+    for part in tl.static_range(2 + RESTS):
+        value = values[part]
+        if eps is not None:
+            value = value * scale
+        normed += (value * factors[part],)
+    first, second = normed[0], normed[1]
+    rotated = ((first * angles[0] - second * angles[2]).to(dtype), (second * angles[1] + first * angles[3]).to(dtype))
+    for part in tl.static_range(2, 2 + RESTS):
+        rotated += (normed[part].to(dtype),)
+    return rotated
 
 
 @triton.jit
@@ -292,17 +307,26 @@ def _cache_place(
 
 
 @triton.jit
-def _to_cache(value, scale_pointer, cache, SCALE: tl.constexpr, FLOAT8: tl.constexpr, SATURATE: tl.constexpr):
-    """`value` as the cache holds it; a float8 as its byte."""
-    if scale_pointer is not None:
-        value = tl.div_rn(value.to(tl.float32), tl.load(scale_pointer).to(tl.float32))
-    elif SCALE is not None:
-        value = tl.div_rn(value.to(tl.float32), SCALE)
-    if FLOAT8 is not None:
-        value = _float8(value.to(tl.float32), FLOAT8, SATURATE)
-    else:
-        value = value.to(cache.dtype.element_ty)
-    return value
+def _to_cache(
+    parts, scale_pointer, cache, SCALE: tl.constexpr, FLOAT8: tl.constexpr, SATURATE: tl.constexpr,
+    CONVERTS_FLOAT8: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Parts of a head, or heads, as the cache holds them; float8 as bytes."""
+    stored = ()
+    for part in tl.static_range(PARTS):
+        value = parts[part]
+        if scale_pointer is not None:
+            value = tl.div_rn(value.to(tl.float32), tl.load(scale_pointer).to(tl.float32))
+        elif SCALE is not None:
+            value = tl.div_rn(value.to(tl.float32), SCALE)
+        if FLOAT8 is None:
+            value = value.to(cache.dtype.element_ty)
+        elif CONVERTS_FLOAT8:
+            value = _converted_float8(value.to(tl.float32), FLOAT8, SATURATE)
+        else:
+            value = _float8(value.to(tl.float32), FLOAT8, SATURATE)
+        stored += (value,)
+    return stored
 
 
 @triton.jit
@@ -316,7 +340,7 @@ def _bytes(pointers, FLOAT8: tl.constexpr):
 def _float8(value, FORMAT: tl.constexpr, SATURATE: tl.constexpr):
     """float32 to the byte of a float8, to nearest, ties to even; see ``to_cache`` of the reference.
 
-    In integers, so that the result does not depend on a GPU's converters: those saturate (NVIDIA) or may (AMD).
+    In integers, so that the result does not depend on a GPU's converters: AMD's may saturate.
     """
     MANTISSA: tl.constexpr = 2 if FORMAT == "e5m2" else 3
     BIAS: tl.constexpr = 15 if FORMAT == "e5m2" else 7 if FORMAT == "e4m3fn" else 8
@@ -342,6 +366,23 @@ def _float8(value, FORMAT: tl.constexpr, SATURATE: tl.constexpr):
     return byte.to(tl.uint8)
 
 
+@triton.jit
+def _converted_float8(value, FORMAT: tl.constexpr, SATURATE: tl.constexpr):
+    """The same by NVIDIA's converter, which rounds alike and saturates; what is beyond the range is told apart here."""
+    BEYOND: tl.constexpr = 0x43E80000 if FORMAT == "e4m3fn" else 0x476FFFFF  # 464 and just below 61440, in float32
+    OVERFLOW: tl.constexpr = 0x7F if FORMAT == "e4m3fn" else 0x7C
+    bits = value.to(tl.uint32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    sign = ((bits >> 24) & 0x80).to(tl.uint8)
+    if FORMAT == "e4m3fn":
+        byte = value.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    else:
+        byte = value.to(tl.float8e5).to(tl.uint8, bitcast=True)
+    if not SATURATE:
+        byte = tl.where(magnitude > BEYOND, sign | OVERFLOW, byte)
+    return tl.where(magnitude > 0x7F800000, sign | 0x7F, byte)
+
+
 # --- lanes --------------------------------------------------------------------------------------------------------
 
 
@@ -364,6 +405,43 @@ def _load_lanes(rows, live, START: tl.constexpr, COUNT: tl.constexpr, stride):
     else:
         lanes = tl.load(pointers, mask=_lane_mask(live, COUNT))
     return lanes
+
+
+@triton.constexpr_function
+def _rests(head_dim, rotary_dim, rest_width):
+    """In how many parts the lanes that do not rotate are loaded."""
+    return (head_dim - rotary_dim) // rest_width if rest_width else 0
+
+
+@triton.jit
+def _load_heads(
+    source, batch_stride, token_stride, head_stride, batch, seq, live, first_head, last_head,
+    HEADS: tl.constexpr, EVEN: tl.constexpr,
+    HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, REST_WIDTH: tl.constexpr, IS_NEOX: tl.constexpr,
+):  # fmt: skip
+    """Each head of a program, of every token."""
+    rows = source + _token(batch, batch_stride, seq, token_stride)
+    heads = ()
+    for turn in tl.static_range(HEADS):
+        here = live if EVEN else live & (first_head + turn < last_head)
+        head_rows = rows + (first_head + turn) * head_stride
+        heads += (_load_head(head_rows, here, HEAD_DIM, ROTARY_DIM, REST_WIDTH, IS_NEOX),)
+    return heads
+
+
+@triton.jit
+def _load_head(
+    rows, live, HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, REST_WIDTH: tl.constexpr, IS_NEOX: tl.constexpr
+):
+    """One head of every token: the two lanes of each pair, and the lanes that do not rotate, REST_WIDTH at a time.
+
+    Parts of one width are laid out alike, and need no exchange between threads where they are added.
+    """
+    first, second = _load_pairs(rows, live, 1, ROTARY_DIM, IS_NEOX)
+    head = (first, second)
+    for part in tl.static_range(_rests(HEAD_DIM, ROTARY_DIM, REST_WIDTH)):
+        head += (_load_lanes(rows, live, ROTARY_DIM + part * REST_WIDTH, REST_WIDTH, 1),)
+    return head
 
 
 @triton.jit
@@ -395,15 +473,16 @@ def _store_lanes(
 @triton.jit
 def _store_head(
     rows, live, head, stride, group_stride, GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, IS_NEOX: tl.constexpr,
+    HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, REST_WIDTH: tl.constexpr, IS_NEOX: tl.constexpr,
 ):  # fmt: skip
     """The counterpart of _load_head."""
-    first, second, rest = head
     HALF: tl.constexpr = ROTARY_DIM // 2
     if IS_NEOX:
-        _store_lanes(rows, live, first, 0, HALF, stride, group_stride, GROUP)
-        _store_lanes(rows, live, second, HALF, HALF, stride, group_stride, GROUP)
+        _store_lanes(rows, live, head[0], 0, HALF, stride, group_stride, GROUP)
+        _store_lanes(rows, live, head[1], HALF, HALF, stride, group_stride, GROUP)
     else:
-        _store_lanes(rows, live, tl.interleave(first, second), 0, ROTARY_DIM, stride, group_stride, GROUP)
-    if ROTARY_DIM < HEAD_DIM:
-        _store_lanes(rows, live, rest, ROTARY_DIM, HEAD_DIM - ROTARY_DIM, stride, group_stride, GROUP)
+        _store_lanes(rows, live, tl.interleave(head[0], head[1]), 0, ROTARY_DIM, stride, group_stride, GROUP)
+    for part in tl.static_range(_rests(HEAD_DIM, ROTARY_DIM, REST_WIDTH)):
+        _store_lanes(
+            rows, live, head[2 + part], ROTARY_DIM + part * REST_WIDTH, REST_WIDTH, stride, group_stride, GROUP
+        )

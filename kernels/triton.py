@@ -64,9 +64,9 @@ KERNEL = Kernel("triton", unavailable, refuses)
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch: sizes may be symbolic."""
+    """One launch: sizes may be symbolic. The grid is (tiles of tokens, groups of heads)."""
 
-    programs: Size
+    grid: tuple[Size, Size]
     arguments: dict[str, Any]
     constants: dict[str, Any]
     tile: Tile
@@ -82,7 +82,7 @@ def choose_tile(num_tokens: Size, num_heads: int, num_kv_heads: int, head_dim: i
     if isinstance(work, torch.SymInt):
         tile = tile_for_any(work)
     elif head_dim > 128:
-        tile = Tile(2, 1) if work <= 16384 else Tile(2, 1, 4)
+        tile = Tile(2, 1) if work <= 1024 else Tile(2, 1, 2) if work <= 16384 else Tile(2, 1, 4)
     elif work <= 4096:
         tile = Tile(4, 4)
     elif work <= 16384:
@@ -91,6 +91,8 @@ def choose_tile(num_tokens: Size, num_heads: int, num_kv_heads: int, head_dim: i
         tile = Tile(2, 1, 4)
     else:
         tile = Tile(4, 1, 2)
+    if not isinstance(work, torch.SymInt):
+        tile = replace(tile, heads_ahead=256 <= work <= 4096)
     return _for_width(tile, head_dim, wave_size)
 
 
@@ -116,6 +118,14 @@ def _tuned_tile(q: Tensor, num_kv_heads: int, rotary_dim: int) -> Tile | None:
 def wave_size_of(device: torch.device) -> int:
     """Threads of a warp: 64 on AMD's CDNA, else 32."""
     return torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
+
+
+@functools.cache
+def converts_float8(device: torch.device) -> bool:
+    """Whether float8 is rounded by the GPU's converter (NVIDIA's, from compute capability 8.9 on), not in integers."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def plan(
@@ -188,6 +198,7 @@ def plan(
         "NUM_KV_HEADS": num_kv_heads,
         "HEAD_DIM": head_dim,
         "ROTARY_DIM": rotary_dim,
+        "REST_WIDTH": _rest_width(head_dim, rotary_dim),
         "IS_NEOX": is_neox,
         "Q_EPS": q_eps,
         "K_EPS": k_eps,
@@ -206,12 +217,22 @@ def plan(
         "V_LANE_GROUP": v_layout.lane_group,
         "K_FLOAT8": FLOAT8.get(k_cache.dtype),
         "V_FLOAT8": FLOAT8.get(v_cache.dtype),
+        "CONVERTS_FLOAT8": converts_float8(q.device),
         "TOKENS": tile.tokens,
         "HEADS": tile.heads,
         "ALL_HEADS": tile.heads_per_program is None,
+        "HEADS_AHEAD": tile.heads_ahead,
     }
     groups = _cdiv(num_heads, heads) + 2 * _cdiv(num_kv_heads, heads)
-    return Launch(_cdiv(num_tokens, tile.tokens) * groups, arguments, constants, tile)
+    return Launch((_cdiv(num_tokens, tile.tokens), groups), arguments, constants, tile)
+
+
+def _rest_width(head_dim: int, rotary_dim: int) -> int:
+    """How many of the lanes that do not rotate the kernel takes at a time: as many as form the halves that do, if
+    that makes a few even parts, else all of them.
+    """
+    rest, half = head_dim - rotary_dim, rotary_dim // 2
+    return half if rest % half == 0 and rest <= 8 * half else rest
 
 
 def _check(
@@ -247,10 +268,10 @@ def qk_norm_rope_cache(*operands: Tensor | None, return_k: bool, **options: Any)
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device) if return_k else None
     launch = plan(*operands, **options)  # pyright: ignore[reportArgumentType]
-    if launch.programs:
+    if launch.grid[0]:
         *inputs, k_cache, v_cache = operands
         with torch.cuda.device(q.device):
-            kernel()[(launch.programs,)](
+            kernel()[launch.grid](
                 *inputs,
                 *(as_bytes(cache) for cache in (k_cache, v_cache)),
                 q_out,

@@ -23,8 +23,7 @@ def test_replays_follow_every_input(name):
     kernel = triton.kernel()
 
     def launch():
-        programs = int(captured.launch.programs)
-        kernel[(programs,)](**there.arguments(kernel), num_warps=captured.launch.tile.num_warps)
+        kernel[captured.grid](**there.arguments(kernel), num_warps=captured.launch.tile.num_warps)
 
     launch()
     torch.cuda.synchronize()

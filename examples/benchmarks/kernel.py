@@ -5,18 +5,22 @@
 Every number is microseconds a call, the median of several replays of one CUDA graph that makes many calls, each on
 tensors of its own; before each replay the L2 cache is overwritten. "symbolic tokens" is the kernel that a graph with a
 symbolic number of tokens holds. The bytes are all that must move: q, k and v read, q, k and v written, positions,
-slots, and the rows of cosines and sines. Writes kernel.md and kernel.json.
+slots, and the rows of cosines and sines. Slots are in random order; in the shuffle layout, which is for pages, the
+pages are, each filled in order. Writes kernel.json, kernel.md and, with matplotlib, kernel.svg; ``--render`` makes the
+latter two from an earlier kernel.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.util
 import json
 import multiprocessing
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -76,7 +80,7 @@ class Calls:
         make = {"device": "cuda", "dtype": torch.bfloat16}
         self.projections = torch.randn(count, 1, tokens, sum(self.split), **make)
         self.caches = [self.cache(count, which) for which in "kv"]
-        self.slots = torch.stack([torch.randperm(tokens, device="cuda") for _ in range(count)])[:, None]
+        self.slots = torch.stack([self.places() for _ in range(count)])[:, None]
         self.positions = torch.randint(0, TABLE_ROWS, (count, 3, 1, tokens), device="cuda")
         angles = torch.rand(TABLE_ROWS, shape.rotary_dim // 2, device="cuda") * 6
         self.table = torch.cat([angles.cos(), angles.sin()], -1).bfloat16()
@@ -84,6 +88,12 @@ class Calls:
         self.weight = torch.rand(shape.head_dim, **make)
         pairs = shape.rotary_dim // 2
         self.axes = [pair % 3 if pair < 15 * pairs // 16 else 0 for pair in range(pairs)]
+
+    def places(self) -> Tensor:
+        if self.shape.cache != "shuffle":
+            return torch.randperm(self.tokens, device="cuda")
+        pages = torch.randperm(-(-self.tokens // BLOCK), device="cuda")
+        return (pages[:, None] * BLOCK + torch.arange(BLOCK, device="cuda")).flatten()[: self.tokens]
 
     def cache(self, count: int, which: str) -> Tensor:
         shape, blocks = self.shape, -(-self.tokens // BLOCK)
@@ -141,7 +151,7 @@ class Calls:
 
         def call(index: int) -> None:
             plan, arguments = launches[index]
-            kernel.kernel()[(plan.programs,)](*arguments, num_warps=plan.tile.num_warps)
+            kernel.kernel()[plan.grid](*arguments, num_warps=plan.tile.num_warps)
 
         return call
 
@@ -248,13 +258,59 @@ def variant_table(rows: list[dict[str, object]]) -> str:
     return "\n".join(lines)
 
 
+def plot(record: dict[str, Any], path: Path) -> None:
+    """How many times as long as a copy each way takes, by tokens."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    shapes = list(dict.fromkeys(row["shape"] for row in record["shapes"]))
+    figure, axes = pyplot.subplots(1, len(shapes), figsize=(2.6 * len(shapes), 3), sharey=True, layout="constrained")
+    for shape, axis in zip(shapes, axes if len(shapes) > 1 else [axes], strict=True):
+        rows = [row for row in record["shapes"] if row["shape"] == shape]
+        for way in ("static compile", "fused"):
+            axis.plot([row["tokens"] for row in rows], [row[way] / row["copy"] for row in rows], marker="o", label=way)
+        axis.axhline(1, color="grey", linewidth=1, label="device copy")
+        axis.set(xscale="log", yscale="log", xlabel="tokens", title=shape)
+    first = axes[0] if len(shapes) > 1 else axes
+    first.set_ylabel("time / time of a device copy")
+    first.legend(frameon=False, fontsize=8)
+    figure.suptitle(", ".join(str(value) for value in record["machine"].values()), fontsize=9)
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def render(folder: Path) -> None:
+    """kernel.md and kernel.svg from kernel.json."""
+    record = json.loads((folder / "kernel.json").read_text())
+    heading = ", ".join(str(value) for value in record["machine"].values())
+    parts = [
+        "# The fused kernel",
+        f"{heading}. Microseconds a call; `python examples/benchmarks/kernel.py`: its head says what is measured.",
+        table(record["shapes"]),
+        f"## Variants of {PLAIN}",
+        variant_table(record["variants"]),
+    ]
+    text = "\n\n".join(parts) + "\n"
+    (folder / "kernel.md").write_text(text)
+    print(text)
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no kernel.svg: matplotlib is not installed; --render makes it later")
+    else:
+        plot(record, folder / "kernel.svg")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)
     parser.add_argument("--tokens", default="1,8,64,256,1024,4096,16384")
     parser.add_argument("--heads", default=None, help="only this shape, as in 32/8/128")
     parser.add_argument("--jobs", type=int, default=8, help="processes that compile ahead")
+    parser.add_argument("--render", action="store_true", help="only the table and the plot, from kernel.json")
     options = parser.parse_args()
+    if options.render:
+        return render(options.output)
     if not torch.cuda.is_available():
         parser.exit(2, "kernel.py measures a GPU, and PyTorch finds none here\n")
     tokens = [int(number) for number in options.tokens.split(",")]
@@ -280,11 +336,7 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     record = {"machine": machine, "unit": "microseconds a call", "shapes": rows, "variants": variants}
     (options.output / "kernel.json").write_text(json.dumps(record, indent=1) + "\n")
-    heading = ", ".join(str(value) for value in machine.values())
-    text = f"# The fused kernel\n\n{heading}. Microseconds a call; `python examples/benchmarks/kernel.py`.\n\n"
-    text += f"{table(rows)}\n\n## Variants of {PLAIN}\n\n{variant_table(variants)}\n"
-    (options.output / "kernel.md").write_text(text)
-    print(text)
+    render(options.output)
 
 
 if __name__ == "__main__":

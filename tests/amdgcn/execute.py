@@ -24,7 +24,7 @@ def execute(prepared: Prepared, binary: Binary, **options: Any) -> Result:
         binary.assembly,
         arguments,
         arena,
-        programs=int(prepared.launch.programs),
+        grid=prepared.grid,
         num_warps=binary.num_warps,
         lds_bytes=binary.lds_bytes,
         **options,

@@ -41,7 +41,7 @@ def main() -> int:
             continue
         prepared = prepare(wide)
         before = snapshot(prepared)
-        kernel[(int(prepared.launch.programs),)](**prepared.arguments(kernel), num_warps=1)
+        kernel[prepared.grid](**prepared.arguments(kernel), num_warps=1)
         ran += 1
         try:
             check(prepared, before)

@@ -13,10 +13,10 @@ import fx_fusion
 from fx_fusion.kernels import triton
 
 
-def launch(prepared: Prepared) -> None:
+def launch(prepared: Prepared, **changed: object) -> None:
     kernel = triton.kernel()
-    arguments = prepared.arguments(kernel)
-    kernel[(int(prepared.launch.programs),)](**arguments, num_warps=prepared.launch.tile.num_warps)
+    arguments = {**prepared.arguments(kernel), **changed}
+    kernel[prepared.grid](**arguments, num_warps=prepared.launch.tile.num_warps)
 
 
 @pytest.mark.gpu
@@ -26,6 +26,24 @@ def test_variant(name):
     before = snapshot(prepared)
     there = on(prepared, "cuda")
     launch(there)
+    bring_back(there, prepared)
+    check(prepared, before)
+
+
+CONVERTED = [
+    name for name, variant in VARIANTS.items() if variant.stored_dtype in (torch.float8_e4m3fn, torch.float8_e5m2)
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CONVERTED)
+def test_the_converter_gives_the_same_bytes(name):
+    if not triton.converts_float8(torch.device("cuda")):
+        pytest.skip("this GPU has no converter that the kernel uses")
+    prepared = prepare(VARIANTS[name])
+    before = snapshot(prepared)
+    there = on(prepared, "cuda")
+    launch(there, CONVERTS_FLOAT8=True)
     bring_back(there, prepared)
     check(prepared, before)
 

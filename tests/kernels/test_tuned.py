@@ -10,7 +10,7 @@ import torch
 from fx_fusion.kernels import triton, tuned
 from fx_fusion.kernels.cache_layout import CacheLayout
 from fx_fusion.kernels.tile import Tile, candidates
-from fx_fusion.kernels.tuned_file import Machine, Shape, Timing, Tuned, from_json, to_json
+from fx_fusion.kernels.tuned_file import VERSION, Machine, Shape, Timing, Tuned, from_json, to_json
 
 HERE = Machine("AMD Instinct MI300X", "gfx942", "3.6.0", "0.1.5")
 SHAPE = Shape(32, 8, 128, 128, "bfloat16")
@@ -54,7 +54,7 @@ def without_version(content):
 
 
 def other_version(content):
-    content["version"] = 2
+    content["version"] = VERSION + 1
 
 
 def one_word(content):
@@ -200,7 +200,7 @@ def content_of(machine):
 BAD = {
     "malformed": ("{", "Expecting property name"),
     "bytes": (b"\xff\xfe\x00", "codec can't decode"),
-    "another version": (to_json(TUNED).replace('"version": 1', '"version": 9'), "its format has version 9"),
+    "another version": (to_json(TUNED).replace(f'"version": {VERSION}', '"version": 9'), "its format has version 9"),
     "another device": (
         content_of(HERE._replace(device="AMD Instinct MI325X")),
         "it was measured on device 'AMD Instinct MI325X' (here: 'AMD Instinct MI300X')",

@@ -10,6 +10,7 @@ from launches.problem import Variant
 
 E4M3FN, E4M3FNUZ, E5M2 = torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2
 FLOAT32 = torch.float32
+AHEAD = Tile(8, 1, heads_ahead=True)
 MISPLACED = {"seq": 13, "slots": "misplaced"}
 
 VARIANTS = {
@@ -22,6 +23,18 @@ VARIANTS = {
     "tile-of-many-tokens": Variant(tile=choose_tile(8192, 32, 8, 128, 64)),
     "tile-of-many-tokens-256": Variant(head_dim=256, tile=choose_tile(8192, 16, 2, 256, 64)),
     "fewer-heads-than-the-tile": Variant(tile=Tile(4, 1, 4, heads_per_program=2)),
+    "heads-ahead": Variant(tile=AHEAD),
+    "heads-ahead-left-over": Variant(num_heads=5, num_kv_heads=3, tile=Tile(4, 1, 2, heads_ahead=True)),
+    "heads-ahead-fewer": Variant(tile=Tile(4, 1, 4, heads_per_program=2, heads_ahead=True)),
+    "heads-ahead-in-blocks": Variant(batch=3, seq=3, cache="HND", blocks=True, tile=AHEAD),
+    "heads-ahead-of-sequences": Variant(cache="sequence", batch=3, table=False, tile=AHEAD),
+    "heads-ahead-partial": Variant(rotary_dim=32, gemma_norm=True, gated=True, tile=AHEAD),
+    "heads-ahead-gptj": Variant(rotary_dim=64, is_neox=False, full_width=True, tile=AHEAD),
+    "heads-ahead-float8": Variant(
+        **MISPLACED, cache_dtype=E4M3FN, k_scale=0.007, v_scale="tensor", skip_negative_slots=True, tile=AHEAD
+    ),
+    "heads-ahead-shuffle": Variant(cache="shuffle", blocks=True, tile=AHEAD),
+    "heads-ahead-80": Variant(head_dim=80, tile=AHEAD),
     "heads-left-over": Variant(num_heads=5, num_kv_heads=3, tile=Tile(2, 1, 2)),
     "one-token": Variant(seq=1),
     "batch": Variant(batch=3, seq=3),
@@ -49,7 +62,14 @@ VARIANTS = {
     "partial": Variant(rotary_dim=32),
     "partial-gptj": Variant(rotary_dim=64, is_neox=False),
     "gated-gemma": Variant(
-        head_dim=256, rotary_dim=64, gated=True, gemma_norm=True, num_heads=3, num_kv_heads=1, axes="sectioned"
+        head_dim=256,
+        rotary_dim=64,
+        gated=True,
+        gemma_norm=True,
+        num_heads=3,
+        num_kv_heads=1,
+        axes="sectioned",
+        tile=Tile(4, 1),
     ),
     "gated": Variant(gated=True),
     "gemma": Variant(gemma_norm=True),

@@ -101,6 +101,12 @@ class Prepared:
     options: dict[str, Any]
     launch: triton.Launch
 
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Also where a tile serves a symbolic number of heads."""
+        x, y = self.launch.grid
+        return int(x), int(y)
+
     def arguments(self, kernel: Any) -> dict[str, Any]:
         """A value for each parameter of `kernel`."""
         tensors = {name: None if tensor is None else triton.as_bytes(tensor) for name, tensor in self.tensors.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ REQUIRED = {
     "user_sgpr_kernarg_segment_ptr": 1, "user_sgpr_dispatch_ptr": 0, "user_sgpr_queue_ptr": 0,
     "user_sgpr_dispatch_id": 0, "user_sgpr_private_segment_size": 0,
     "user_sgpr_flat_scratch_init": 0, "system_sgpr_private_segment_wavefront_offset": 0,
-    "system_sgpr_workgroup_id_y": 0, "system_sgpr_workgroup_id_z": 0,
+    "system_sgpr_workgroup_id_z": 0,
     "system_sgpr_workgroup_info": 0,
 }  # fmt: skip
 
@@ -42,7 +43,7 @@ def run(
     arguments: Sequence[int],
     arena: Arena,
     *,
-    programs: int,
+    grid: tuple[int, int],
     num_warps: int,
     lds_bytes: int = 0,
     preload: bool = True,
@@ -64,7 +65,7 @@ def run(
     seen = bytearray(len(steps))
     result = Result(out_of_range=memories.out_of_range)
     with np.errstate(all="ignore"):
-        for workgroup in range(programs):
+        for workgroup in itertools.product(*map(range, grid)):
             memories.lds = Lds(lds_bytes)
             waves = [_start(program, wave, workgroup, address, segment, preload) for wave in range(num_warps)]
             result.executed += _run_workgroup(steps, waves, seen)
@@ -108,7 +109,9 @@ def _segment(program: Assembly, arguments: Sequence[int]) -> np.ndarray:
     return np.frombuffer(bytes(data), np.uint8).copy()
 
 
-def _start(program: Assembly, wave: int, workgroup: int, address: int, segment: np.ndarray, preload: bool) -> Wave:
+def _start(
+    program: Assembly, wave: int, workgroup: tuple[int, int], address: int, segment: np.ndarray, preload: bool
+) -> Wave:
     """Registers as the hardware sets them up: a descriptor of scratch memory (gfx90a; left as garbage), the arguments'
     address, preloaded arguments, the workgroup; in the first vector register, the thread.
     """
@@ -121,7 +124,11 @@ def _start(program: Assembly, wave: int, workgroup: int, address: int, segment: 
         started.pc = program.preloaded_entry
         for index, value in enumerate(segment[: 4 * count].view(np.uint32)):
             started.write(pointer + 2 + index, int(value))
-    started.write(program.descriptor["user_sgpr_count"], workgroup)
+    register = program.descriptor["user_sgpr_count"]
+    for dimension, place in zip("xy", workgroup, strict=True):
+        if program.descriptor[f"system_sgpr_workgroup_id_{dimension}"]:
+            started.write(register, place)
+            register += 1
     return started
 
 
