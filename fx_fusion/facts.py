@@ -70,6 +70,28 @@ class Facts:
                 dependents[parent] |= dependent
         return found
 
+    def structure(self, nodes: Iterable[Node]) -> tuple[Hashable, tuple[Node, ...]]:
+        """A description of `nodes`, given in graph order, and what feeds them, in order of use.
+
+        Equal descriptions compute the same of what feeds them: same operations, literals, dtypes, shapes, strides and
+        offsets, and the same arguments are equal values.
+        """
+        numbers: dict[int, int] = {}
+        local: dict[Node, int] = {}
+        feeding: list[Node] = []
+        described: list[Hashable] = []
+        for node in nodes:
+            for parent in node.all_input_nodes:
+                number = self.value_number(parent)
+                if number not in numbers:
+                    numbers[number] = len(numbers)
+                    feeding.append(parent)
+                    described.append(describe(parent))
+                local[parent] = numbers[number]
+            described.append((node.target, freeze(node.args, local), freeze(node.kwargs, local), describe(node)))
+            numbers.setdefault(self.value_number(node), len(numbers))
+        return tuple(described), tuple(feeding)
+
     def between(self, origin: Node, targets: Iterable[Node]) -> list[Node]:
         """The nodes on a path from `origin` to one of `targets`, both ends included, in graph order.
 
@@ -150,3 +172,12 @@ def freeze(value: Any, numbers: dict[Node, int]) -> Hashable:
     if isinstance(value, slice):
         return ("slice", freeze((value.start, value.stop, value.step), numbers))
     return (type(value).__name__, repr(value))
+
+
+def describe(node: Node) -> tuple[str, ...]:
+    """All that a node's value is known by without being read."""
+    value = node.meta.get("val")
+    if isinstance(value, torch.Tensor):
+        place = (str(value.stride()), str(value.storage_offset()), str(value.device))
+        return (str(value.dtype), str(tuple(value.shape)), *place)
+    return (str(value),)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -67,6 +68,15 @@ class Addresses:
     slot_group_stride: Size = 0
     lane_group: int = 0
     lane_group_stride: Size = 0
+
+    def on(self, nodes: Mapping[Node, Node]) -> Addresses:
+        """The same addresses, of an equal store with other indices."""
+
+        def on(index: Index | None) -> Index | None:
+            return index and replace(index, node=index.node and nodes[index.node])
+
+        slots = replace(self.slots, node=self.slots.node and nodes[self.slots.node])
+        return replace(self, slots=slots, blocks=on(self.blocks), in_group=on(self.in_group))
 
 
 def layout(addresses: Addresses) -> CacheLayout:

@@ -14,8 +14,9 @@ After::
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -23,7 +24,9 @@ from torch.fx import Node
 from fx_fusion.certificate import CODES as CERTIFICATE_CODES
 from fx_fusion.certificate import certify_copy
 from fx_fusion.decline import Decline
+from fx_fusion.evaluate import check_memory
 from fx_fusion.facts import Facts
+from fx_fusion.opset import aten
 from fx_fusion.patterns.cache_store import Addresses, Index, read_addresses, same_slots
 from fx_fusion.patterns.conversion import (
     FLOAT8,
@@ -53,7 +56,8 @@ from fx_fusion.stores import Store, find_stores, pair_stores, tell_key_from_valu
 #: Where the data of a branch may begin is tried at this many places, the earliest first.
 _CUTS = 4
 
-Memo = dict[object, "tuple[RotatedHeads, tuple[Node, ...]] | Decline"]
+#: By what it was measured on: a branch's reading, with its leaves, or why there is none; a store's heads and addresses.
+Memo = dict[object, Any]
 
 
 @dataclass(frozen=True)
@@ -161,8 +165,8 @@ def read(facts: Facts, candidate: Candidate, memo: Memo) -> Match:
     grid = key_heads.grid(sizes.shape(key.out.meta["val"]), key.tokens(sizes))
     if grid != query_heads.grid(sizes.shape(query.out.meta["val"]), query.tokens(sizes)):
         raise Decline("split.layout", "query and key hold their tokens in different grids", [query.out, key.out])
-    stored_key = _stored_key(facts, key_store, conversion, key, key_heads, sizes, grid)
-    stored_value = _stored_value(facts, value_store, stored_key, sizes, grid)
+    stored_key = _stored_key(facts, key_store, conversion, key, key_heads, grid, memo)
+    stored_value = _stored_value(facts, value_store, stored_key, grid, memo)
     slots = _same_slots(stored_key, stored_value, sizes)
     return Match(
         query=query,
@@ -193,6 +197,8 @@ def _read_query(
     outs, origin = rotations.find_query(key, value_store.value)
     return _furthest(_attempts(facts, origin, outs, memo))
 
+
+_PLAIN_WRITERS = (aten.index_put.default, aten.index_copy.default)
 
 Attempt = tuple[Branch, RotatedHeads] | Decline
 
@@ -299,19 +305,26 @@ def _stored_key(
     conversion: Conversion,
     key: Branch,
     heads: RotatedHeads,
-    sizes: Sizes,
     grid: tuple[int, int],
+    memo: Memo,
 ) -> Stored:
-    shape, layout = sizes.shape(key.out.meta["val"]), heads.heads
-    numbers = torch.arange(torch.Size(shape).numel()).reshape(*grid, layout.num_heads, layout.head_dim)
+    layout, sizes = heads.heads, facts.sizes[0]
     scale = conversion.scale and check_scale(conversion.scale, _dtype(key.out))
-    elements = _arriving(facts, store, conversion, key.out, heads.arrange(numbers).reshape(shape), sizes)
-    addresses = read_addresses(facts, store, elements, layout, sizes, grid)
+
+    def read() -> tuple[Heads, Addresses]:
+        shape = sizes.shape(key.out.meta["val"])
+        _check_memory(store, shape, sizes)
+        numbers = torch.arange(torch.Size(shape).numel()).reshape(*grid, layout.num_heads, layout.head_dim)
+        elements = _arriving(facts, store, conversion, key.out, heads.arrange(numbers).reshape(shape), sizes)
+        return layout, read_addresses(facts, store, elements, layout, sizes, grid)
+
+    asked = (layout, heads.token_dims, heads.heads_first, grid)
+    addresses = _stored_once(facts, store, conversion, key.out, asked, memo, read)[1]
     saturate = saturates(conversion, _device(store))
     return Stored(store, key.data, layout, addresses, conversion.dtype, scale, saturate)
 
 
-def _stored_value(facts: Facts, store: Store, key: Stored, sizes: Sizes, grid: tuple[int, int]) -> Stored:
+def _stored_value(facts: Facts, store: Store, key: Stored, grid: tuple[int, int], memo: Memo) -> Stored:
     """The value's store, in the first way that a kernel can copy it in, and that suits the key's store."""
     conversion = read_conversion(store, keep_rows=True)
     saturate = saturates(conversion, _device(store))
@@ -326,24 +339,71 @@ def _stored_value(facts: Facts, store: Store, key: Stored, sizes: Sizes, grid: t
         found += f"the value to {_converted(conversion.dtype, saturate)}; a call converts both alike"
         raise Decline("store.conversions_differ", found, [key.store.writer, store.writer])
     data = suited[0].data
+
+    def read() -> tuple[Heads, Addresses]:
+        return _read_copied(facts, store, conversion, data, key.heads, grid)
+
+    heads, addresses = _stored_once(facts, store, conversion, data, (key.heads, grid), memo, read)
+    return Stored(
+        store, data, heads, addresses, conversion.dtype, suited[0].scale, None if suited[0].in_range else saturate
+    )
+
+
+def _read_copied(
+    facts: Facts, store: Store, conversion: Conversion, data: Node, key: Heads, grid: tuple[int, int]
+) -> tuple[Heads, Addresses]:
+    """Which heads of `data` the store copies, and whereto."""
+    sizes = facts.sizes[0]
     shape = sizes.shape(data.meta["val"])
     width, rest = divmod(torch.Size(shape).numel(), grid[0] * grid[1])
     if rest:
         raise Decline("split.layout", f"{data} of shape {list(shape)} does not hold {grid[0] * grid[1]} tokens", [data])
+    _check_memory(store, shape, sizes)
     numbers = torch.arange(torch.Size(shape).numel()).reshape(shape)
     moved = _arriving(facts, store, conversion, data, numbers, sizes)
     columns = (moved % width).unique()
-    heads = read_heads(columns, key.heads.head_dim, width, data)
-    if heads.num_heads != key.heads.num_heads:
-        found = f"{heads.num_heads} heads of values are stored with {key.heads.num_heads} heads of keys"
+    heads = read_heads(columns, key.head_dim, width, data)
+    if heads.num_heads != key.num_heads:
+        found = f"{heads.num_heads} heads of values are stored with {key.num_heads} heads of keys"
         raise Decline("split.v_not_copied", found, [store.value])
     lane = torch.zeros(width, dtype=torch.long)
     lane[expected_columns(heads).reshape(-1)] = torch.arange(heads.num_heads * heads.head_dim)
     elements = moved // width * len(columns) + lane[moved % width]
-    addresses = read_addresses(facts, store, elements, heads, sizes, grid)
-    return Stored(
-        store, data, heads, addresses, conversion.dtype, suited[0].scale, None if suited[0].in_range else saturate
-    )
+    return heads, read_addresses(facts, store, elements, heads, sizes, grid)
+
+
+def _check_memory(store: Store, source: Sequence[int], sizes: Sizes) -> None:
+    """A number for each element of the source; for each one stored that, its coordinates, and both in order."""
+    stored = torch.Size(sizes.shape(store.value.meta["val"])).numel()
+    check_memory(torch.int64.itemsize * (torch.Size(source).numel() + 4 * stored), store.writer)
+
+
+def _stored_once(
+    facts: Facts,
+    store: Store,
+    conversion: Conversion,
+    source: Node,
+    asked: object,
+    memo: Memo,
+    read: Callable[[], tuple[Heads, Addresses]],
+) -> tuple[Heads, Addresses]:
+    """What `read` finds out about how `store` puts `source` into the cache; of equal stores, once.
+
+    Where a part of a cache is put back, or a mask decides, more of the graph is read than is compared here.
+    """
+    if store.scatters or store.mask or store.writer.target not in _PLAIN_WRITERS:
+        return read()
+    steps = [*facts.between(source, [store.value])[1:], *store.views, store.writer]
+    structure, feeding = facts.structure(steps)
+    converting = [steps.index(step.node) for step in conversion.steps_after(source)]
+    fed_by = [facts.value_number(node) for node in feeding]
+    places = [fed_by.index(facts.value_number(node)) for node in (source, store.base)]
+    question = ("store", structure, tuple(converting), conversion.dtype, tuple(places), asked)
+    indices = [facts.canonical(node) for node in feeding]
+    if question not in memo:
+        memo[question] = (*read(), indices)
+    heads, addresses, known = memo[question]
+    return heads, addresses.on(dict(zip(known, indices, strict=True)))
 
 
 def _arriving(

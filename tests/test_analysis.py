@@ -200,3 +200,33 @@ def test_source_line_is_the_users():
     inside = torch.__file__.replace("__init__.py", "functional.py")
     node.meta["stack_trace"] = f'File "/home/me/model.py", line 7, in forward\n  File "{inside}", line 3, in mul'
     assert source_line(node) == "/home/me/model.py:7"
+
+
+@pytest.mark.parametrize(
+    "change", ["nothing", "offset", "dtype", "strides", "storage", "index dtype", "one index twice", "another operand"]
+)
+def test_structures_are_equal_only_where_the_same_is_computed(change):
+    build = Builder()
+
+    def layer(changed):
+        dtype = torch.bfloat16 if changed == "dtype" else torch.float32
+        cache, value = build.input("cache", 8, 2), build.input("value", 4, 2, dtype=dtype)
+        cache.meta["val"] = cache.meta["val"].to(dtype)
+        if changed == "strides":
+            value.meta["val"] = torch.zeros(2, 4).t()
+        if changed == "storage":
+            cache.meta["val"] = torch.zeros(18)[2:].view(8, 2)
+        slots = build.input("slots", 2, dtype=torch.int32 if changed == "index dtype" else torch.int64)
+        if changed == "another operand":
+            cache = value
+        part = build(aten.slice.Tensor, value, 0, int(changed == "offset"), 2 + int(changed == "offset"))
+        indices = [slots, slots] if changed == "one index twice" else [slots]
+        source = build(aten.select.int, part, 1, 0) if changed == "one index twice" else part
+        return [part, build(aten.index_put.default, cache, indices, source)]
+
+    first, second = layer("nothing"), layer(change)
+    build.graph.output((first[-1], second[-1]))
+    facts = Facts(build.graph)
+    (one, fed), (other, _) = facts.structure(first), facts.structure(second)
+    assert (one == other) == (change == "nothing")
+    assert [node.name for node in fed] == ["value", "cache", "slots"]
