@@ -83,7 +83,7 @@ def true_tokens(content):
 
 SPOILED = {
     without_version: "KeyError: 'version'",
-    other_version: "its format has version 2, this fx_fusion reads 1",
+    other_version: f"its format has version {VERSION + 1}, this fx_fusion reads {VERSION}",
     one_word: "TypeError",
     no_tile: "TypeError",
     three_tokens: "a tile's tokens must be a power of two up to 256, found 3",
