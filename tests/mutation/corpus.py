@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import opaque_ops
 import torch
 import torch.nn.functional as F
 from models import VOCABULARY, Run
 from prologue import EPS, HEAD_DIM, HIDDEN, NUM_HEADS, NUM_KV_HEADS, SLOTS, Prologue, arguments
 from torch import nn
+
+import fx_fusion
+from fx_fusion.meanings import sglang, vllm
 
 Case = tuple[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]]
 CASES: dict[str, Callable[[], Case]] = {}
@@ -240,3 +244,25 @@ def keys_and_values_side_by_side() -> Case:
             cache[slots // 8, :, slots % 8] = value
 
     return SideBySide(), (*arguments()[:3], torch.randn(SLOTS // 8, NUM_KV_HEADS, 8, 2 * HEAD_DIM)), {}
+
+
+_OPERATIONS = {"ir_rms_norm": vllm.ir_rms_norm, "rotary_embedding": vllm.c_rotary_embedding}
+_LIBRARY = opaque_ops.register("opaque_corpus", {name: name for name in (*_OPERATIONS, "store_cache")})
+for _name, _meaning in {**_OPERATIONS, "store_cache": sglang.store_cache}.items():
+    fx_fusion.declare_meaning(f"opaque_corpus::{_name}", _meaning)
+
+
+@case
+def opaque_operations() -> Case:
+    """Norm, rotation in place on views of the normed heads, and store are operations with a declared meaning."""
+
+    class Opaque(Prologue):
+        def forward(self, x, positions, slots, k_cache, v_cache):
+            ops = torch.ops.opaque_corpus
+            q, k, v = self.split(self.project(x))
+            q, k = ops.ir_rms_norm(q, self.q_weight, EPS), ops.ir_rms_norm(k, self.k_weight, EPS)
+            ops.rotary_embedding(positions[0], q, k, HEAD_DIM, self.cos_sin_cache, True)
+            ops.store_cache(k, v, k_cache, v_cache, slots)
+            return self.consume(q, k, v, k_cache, v_cache)
+
+    return _plain(Opaque)
