@@ -43,6 +43,7 @@ lint: setup
 
 docs: setup
 	$(RUN) -c "from fx_fusion.decline import markdown; print(markdown(), end='')" > docs/declines.md
+	$(RUN) -c "from fx_fusion.hazards import markdown; print(markdown(), end='')" > docs/hazards.md
 
 coverage: setup
 	$(RUN) tests/coverage_table.py

@@ -29,7 +29,7 @@ class Meaning(NamedTuple):
     fix: str
 
 
-#: Every code of a hazard. ``docs/capture.md`` holds this table.
+#: Every code of a hazard. ``docs/hazards.md`` is generated from this table.
 HAZARDS: dict[str, Meaning] = {
     "capture.item": Meaning(
         "error",
@@ -309,7 +309,13 @@ def _failure(error: Exception) -> Hazard:
 
 
 def markdown() -> str:
-    """The table of hazards in ``docs/capture.md``."""
-    lines = ["| code | severity | what happens | what to do |", "|---|---|---|---|"]
+    """``docs/hazards.md``."""
+    lines = [
+        "# Capture hazards",
+        "",
+        "What [`fx_fusion.capture_hazards`](capture.md) finds. `make docs` writes this table from the source.",
+        "",
+    ]
+    lines += ["| code | severity | what happens | what to do |", "|---|---|---|---|"]
     lines += [f"| `{code}` | {told.severity} | {told.meaning} | {told.fix} |" for code, told in HAZARDS.items()]
     return "\n".join(lines) + "\n"

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import fx_fusion
+from fx_fusion import hazards
 from fx_fusion.decline import CODES, markdown
 
 ROOT = Path(__file__).parents[1]
@@ -17,6 +18,18 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 
 def test_the_table_of_declines_is_generated():
     assert (ROOT / "docs" / "declines.md").read_text() == markdown(), "run `make docs`"
+
+
+def test_the_table_of_hazards_is_generated():
+    assert hazards.markdown() in (ROOT / "docs" / "capture.md").read_text(), (
+        "paste what fx_fusion.hazards.markdown() gives"
+    )
+
+
+def test_every_hazard_can_be_found():
+    source = "".join((ROOT / "fx_fusion" / name).read_text() for name in ("hazards.py", "hazard_rules.py"))
+    for code in hazards.HAZARDS:
+        assert source.count(f'"{code}"') >= 2, f"{code} is never found"
 
 
 def test_every_code_in_the_table_can_be_raised():
