@@ -9,7 +9,7 @@ TORCH := 2.13.0
 TRITON := 3.6.0
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: setup demo test lint docs coverage amd-acceptance clean
+.PHONY: setup demo test lint docs site package coverage amd-acceptance clean
 
 setup: $(VENV)/.installed
 
@@ -44,6 +44,16 @@ lint: setup
 docs: setup
 	$(RUN) -c "from fx_fusion.decline import markdown; print(markdown(), end='')" > docs/declines.md
 	$(RUN) -c "from fx_fusion.hazards import markdown; print(markdown(), end='')" > docs/hazards.md
+
+site: setup
+	@$(RUN) -c 'import material, mkdocstrings' 2>/dev/null || \
+		$(RUN) -m pip install --quiet --constraint $(VENV)/constraints.txt '.[docs]'
+	$(RUN) docs/site.py
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet --strict
+	@echo "build/site/index.html"
+
+package: setup
+	PYTHON=$(RUN) tests/packaging.sh
 
 coverage: setup
 	$(RUN) tests/coverage_table.py

@@ -58,7 +58,7 @@ def test_layout_of_the_package():
     allowed = {
         "fx_fusion_pytest.py",
         "fx_fusion", "patterns", "kernels", "tests", "examples", "docs", "pyproject.toml", "README.md", "LICENSE",
-        "CHANGELOG.md", "CONTRIBUTING.md", "Makefile", "fx_fusion.egg-info", "build", "dist",
+        "CHANGELOG.md", "CONTRIBUTING.md", "Makefile", "mkdocs.yml", "fx_fusion.egg-info", "build", "dist",
     }  # fmt: skip
     assert names <= allowed
     for folder in ("patterns", "kernels"):
