@@ -117,7 +117,7 @@ def _problem(match: Match) -> Problem:
         dtype=_dtype(match.query.data),
         cache_dtype=match.key_store.dtype,
         weight_dtypes=(_weight_dtype(query.norm.weight), _weight_dtype(key.norm.weight)),
-        angle_dtype=_dtype(angles),
+        angle_dtype=_dtype(angles).to_real(),
         packed_qkv=_is_packed(match),
         packed_table=_is_packed_table(match),
         positions_dtype=_dtype(lookup.positions) if lookup else None,

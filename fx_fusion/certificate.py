@@ -31,7 +31,11 @@ def certify(branch: Branch) -> None:
     data_dtype: torch.dtype = branch.data.meta["val"].dtype
     for node in branch.nodes:
         if not opset.is_analytic(node):
-            raise Decline("proof.not_analytic", f"{node} ({node.target}) is not known to be analytic", [node])
+            raise Decline(
+                "proof.not_analytic",
+                f"{node} ({node.target}) is not known to be analytic: samples cannot prove it",
+                [node],
+            )
         if node.target in opset.ROOTS:
             _certify_root(node)
         _certify_dtype(node, data_dtype)
@@ -60,12 +64,13 @@ def _certify_dtype(node: Node, data_dtype: torch.dtype) -> None:
     value = node.meta["val"]
     if not isinstance(value, torch.Tensor):
         return
-    if not value.is_floating_point():
+    if not (value.is_floating_point() or value.is_complex()):
         raise Decline("proof.not_analytic", f"{node} turns data into {value.dtype}", [node])
-    if not opset.holds(value.dtype, data_dtype):
+    dtype = value.dtype.to_real()
+    if not opset.holds(dtype, data_dtype):
         found = f"{node} is {value.dtype}, coarser than the projection's {data_dtype}"
         raise Decline("proof.rounding", found, [node])
-    if value.dtype == torch.float64 and data_dtype != torch.float64:
+    if dtype == torch.float64 and data_dtype != torch.float64:
         raise Decline("proof.rounding", f"{node} computes in float64, the fused kernel in float32", [node])
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,6 +52,7 @@ CODES: dict[str, str] = {
     "norm.not_per_head": "The normalisation does not act on each head alone.",
     "norm.not_rms": "The value before the rotation is neither RMS-normalised nor linear in the projection.",
     "norm.eps": "The constant under the root could not be read as one positive number.",
+    "norm.offset": "With zero input the result is not zero: something is added on the way from the projection.",
     "norm.eps_is_input": "The epsilon is a graph input; its value must not be read.",
     "norm.differs": "Query and key are normalised differently (one by weight, the other by 1 + weight).",
     "norm.weight": "The norm's weight is not one value per lane of the head.",
@@ -65,7 +67,7 @@ CODES: dict[str, str] = {
     "region.not_convex": "A result of the call would feed one of its own operands.",
     "region.evaluation": "The region could not be evaluated on the CPU.",
     "region.too_large": "The region is too large to evaluate within the memory bound.",
-    "region.sizes": "The region's sizes depend on data, or no admissible sizes were found for its symbols.",
+    "region.sizes": "A size that must be a number is a symbol, or depends on data.",
     "proof.not_analytic": "A step on the data path is not analytic, so samples cannot prove what it computes.",
     "proof.rounding": "A step rounds more coarsely (or computes more finely) than the fused kernel does.",
     "proof.mismatch": "The region and the fused operation differ.",
@@ -110,19 +112,31 @@ class Decline(Exception):
         code: a key of :data:`CODES`.
         found: one sentence: what was expected and what was measured.
         nodes: the FX nodes concerned, the most telling first.
+        reached: how far the pass had come (``key, norm``); :func:`reaching` fills it in.
     """
 
-    def __init__(self, code: str, found: str, nodes: Iterable[Node] = ()) -> None:
+    def __init__(self, code: str, found: str, nodes: Iterable[Node] = (), reached: str = "") -> None:
         if code not in CODES:
             raise ValueError(f"unknown decline code {code!r}")
         super().__init__(f"{code}: {found}")
         self.code = code
         self.found = found
         self.nodes = tuple(nodes)
+        self.reached = reached
 
     @property
     def stage(self) -> int:
         return STAGES.index(self.code.split(".")[0])
+
+
+@contextlib.contextmanager
+def reaching(stage: str) -> Generator[None]:
+    """What is declined inside is said to have reached `stage`; nested stages are named the outer one first."""
+    try:
+        yield
+    except Decline as decline:
+        decline.reached = f"{stage}, {decline.reached}" if decline.reached else stage
+        raise
 
 
 _TORCH = str(Path(torch.__file__).parent)

@@ -115,8 +115,8 @@ def _run(node: Node, values: Mapping[Node, Any], sizes: Sizes, arithmetic: Arith
             return sizes.concrete(value)
         if isinstance(value, torch.device):
             return torch.device("cpu")
-        if isinstance(value, torch.dtype) and arithmetic is Arithmetic.FLOAT64 and value.is_floating_point:
-            return torch.float64
+        if isinstance(value, torch.dtype) and arithmetic is Arithmetic.FLOAT64:
+            return _widest(value)
         return value
 
     args = map_aggregate(node.args, argument)
@@ -125,8 +125,8 @@ def _run(node: Node, values: Mapping[Node, Any], sizes: Sizes, arithmetic: Arith
         result = node.target(*args, **kwargs)  # type: ignore[operator]
     except Exception as error:
         raise Decline("region.evaluation", f"{node.target} cannot run on the CPU: {error}", [node]) from error
-    if arithmetic is Arithmetic.FLOAT64 and isinstance(result, torch.Tensor) and result.is_floating_point():
-        return result.to(torch.float64)
+    if arithmetic is Arithmetic.FLOAT64 and isinstance(result, torch.Tensor):
+        return result.to(_widest(result.dtype))
     return result
 
 
@@ -135,7 +135,13 @@ def _cast(node: Node, values: Mapping[Node, Any], arithmetic: Arithmetic) -> tor
     if arithmetic is Arithmetic.MOVE:
         return value
     dtype: torch.dtype = node.meta["val"].dtype
-    return value.to(torch.float64 if dtype.is_floating_point else dtype)
+    return value.to(_widest(dtype))
+
+
+def _widest(dtype: torch.dtype) -> torch.dtype:
+    if dtype.is_complex:
+        return torch.complex128
+    return torch.float64 if dtype.is_floating_point else dtype
 
 
 def _bytes(value: Any) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from fx_fusion import opset
 from fx_fusion.opset import aten
 from fx_fusion.sizes import Sizes, admissible_sizes
 
@@ -62,7 +63,7 @@ class Facts:
                 missing -= dependent
             dependent &= missing | {node}
             for parent in ancestor.all_input_nodes if dependent else ():
-                if parent.op == "get_attr":
+                if parent.op == "get_attr" or opset.is_symbolic(parent):
                     continue
                 if parent not in dependents:
                     dependents[parent] = set()
@@ -95,14 +96,15 @@ class Facts:
     def between(self, origin: Node, targets: Iterable[Node]) -> list[Node]:
         """The nodes on a path from `origin` to one of `targets`, both ends included, in graph order.
 
-        Nodes before `origin` cannot depend on it, so the walk never leaves the neighbourhood of the layer.
+        Nodes before `origin` cannot depend on it, so the walk never leaves the neighbourhood of the layer. Sizes are on
+        no path: they depend on the shape of `origin`, not on its values.
         """
         start = self.order[origin]
         ancestors: set[Node] = set()
         stack = list(targets)
         while stack:
             node = stack.pop()
-            if node in ancestors or self.order[node] < start:
+            if node in ancestors or self.order[node] < start or opset.is_symbolic(node):
                 continue
             ancestors.add(node)
             stack.extend(node.all_input_nodes)

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from fx_fusion import config as configuration
 from fx_fusion import rewrite
 from fx_fusion.config import Config
-from fx_fusion.decline import Decline, first_source_line, module_path
+from fx_fusion.decline import Decline, first_source_line, module_path, reaching
 from fx_fusion.dispatch import KernelUnavailable
 from fx_fusion.facts import Facts
 from fx_fusion.inline import Inlined, inline
@@ -204,7 +204,8 @@ def _read(
         match = fusion.read(facts, candidate, memo)
         words, data, error = fusion.describe(match)
         eligible = fusion.eligible(match)
-        fusion.check(facts, match)
+        with reaching("placement"):
+            fusion.check(facts, match)
     except Decline as decline:
         return _declined(fusion.name, decline, candidate.anchor), None
     except Exception as error_:
@@ -226,7 +227,7 @@ def _read(
         kernel = fusion.choose(match, config.kernel, target)
         _spend_fuel()
     except Decline as decline:
-        return replace(read, code=decline.code, reason=decline.found), match
+        return replace(read, code=decline.code, reason=decline.found, stage="contract"), match
     return replace(read, state="rewritten", kernel=kernel), match
 
 
@@ -255,6 +256,7 @@ def _declined(fusion: str, decline: Decline, anchor: Node | None = None) -> Laye
         node=str(nodes[0]) if nodes else None,
         source=first_source_line(nodes),
         module=next(filter(None, map(module_path, nodes)), None),
+        stage=decline.reached or decline.code.split(".")[0],
     )
 
 

@@ -48,6 +48,9 @@ SELECTION = frozenset(
     {aten.where.self, aten.index.Tensor, aten.gather.default, aten.index_select.default, aten.embedding.default}
 )
 
+#: Between pairs of reals and complex numbers: the same values, two at a time.
+COMPLEX = frozenset({aten.view_as_complex.default, aten.view_as_real.default, aten.complex.default})
+
 CAST = frozenset({prims.convert_element_type.default, aten._to_copy.default})
 
 ARITHMETIC = frozenset(
@@ -62,7 +65,12 @@ ARITHMETIC = frozenset(
 #: Analytic only where their argument stays positive; the certificate asks for a sum under them.
 ROOTS = frozenset({aten.sqrt.default, aten.rsqrt.default, aten.pow.Tensor_Scalar})
 
+#: What a LayerNorm is made of.
+CENTRED_NORMS = frozenset({aten.var_mean.correction, aten.native_layer_norm.default, aten.native_group_norm.default})
+
 REDUCTIONS = frozenset({aten.mean.dim, aten.sum.dim_IntList})
+
+_INTEGERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})
 
 _PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "linear", "convolution", "_scaled_mm", "_int_mm", "einsum"})
 
@@ -106,7 +114,14 @@ def is_arithmetic(node: Node) -> bool:
 
 def is_analytic(node: Node) -> bool:
     """May `node` lie on the data path of a region that is proved by sampling?"""
-    return is_movement(node) or is_cast(node) or is_join(node) or is_selection(node) or is_arithmetic(node)
+    return (
+        is_movement(node)
+        or is_cast(node)
+        or is_join(node)
+        or is_selection(node)
+        or is_arithmetic(node)
+        or (node.op == "call_function" and node.target in COMPLEX)
+    )
 
 
 def is_opaque(node: Node) -> bool:
@@ -146,6 +161,11 @@ def is_float_tensor(node: Node) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
+def is_complex_tensor(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.is_complex()
+
+
 def is_int_tensor(node: Node) -> bool:
     value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) and not value.is_floating_point() and value.dtype != torch.bool
+    return isinstance(value, torch.Tensor) and value.dtype in _INTEGERS

@@ -41,7 +41,9 @@ class Probe:
         return torch.Size(self.data_shape).numel() // self.tokens
 
     def leaf_shape(self, leaf: Node) -> tuple[int, ...]:
-        return self.sizes.shape(leaf.meta["val"])
+        """Of the real numbers in `leaf`: a complex one holds two."""
+        shape = self.sizes.shape(leaf.meta["val"])
+        return (*shape, 2) if opset.is_complex_tensor(leaf) else shape
 
     def random_leaves(self, generator: torch.Generator) -> dict[Node, torch.Tensor]:
         """Values in [0.5, 1.5) for every leaf: no zero, no symmetry, and within a leaf no two close to each other."""
@@ -54,7 +56,8 @@ class Probe:
         arithmetic: Arithmetic = Arithmetic.FLOAT64,
     ) -> torch.Tensor:
         """The branch's result for `data`, given as [tokens, columns] or in its own shape."""
-        inputs = {**leaves, self.branch.data: data.reshape(self.data_shape)}
+        given = {n: torch.view_as_complex(v) if opset.is_complex_tensor(n) else v for n, v in leaves.items()}
+        inputs = {**given, self.branch.data: data.reshape(self.data_shape)}
         return evaluate([self.branch.out], inputs, self.sizes, arithmetic)[0]
 
 
@@ -76,7 +79,7 @@ class Frontier(enum.Enum):
 
 
 def find_leaves(branch: Branch) -> dict[Frontier, tuple[Node, ...]]:
-    """The float tensors that feed `branch` from outside, in order of use, for each way of taking them.
+    """The float (or complex) tensors that feed `branch` from outside, in order of use, for each way of taking them.
 
     Looking through views makes the cosine that q sees unsqueezed one way and k another one leaf. Constants that the
     graph computes from literals alone are no leaves.
@@ -89,11 +92,11 @@ def find_leaves(branch: Branch) -> dict[Frontier, tuple[Node, ...]]:
     for node in branch.frontier:
         if opset.is_symbolic(node) or opset.is_literal(node):
             continue
-        if not opset.is_float_tensor(node):
+        if not (opset.is_float_tensor(node) or opset.is_complex_tensor(node)):
             found = f"{node} selects values on the data path and depends on a graph input"
             raise Decline("proof.not_analytic", found, [node])
         if node.meta["val"].dim() == 0:
-            raise Decline("norm.eps_is_input", f"the scalar {node} is a graph input; expected a literal", [node])
+            raise Decline("norm.eps_is_input", _scalar_input(node), [node, *_users(branch, node)])
         floats.append(node)
     return {
         frontier: tuple(dict.fromkeys(origin for node in floats for origin in _origins(node, frontier)))
@@ -101,14 +104,29 @@ def find_leaves(branch: Branch) -> dict[Frontier, tuple[Node, ...]]:
     }
 
 
+def _users(branch: Branch, node: Node) -> list[Node]:
+    return [user for user in branch.nodes if node in user.all_input_nodes]
+
+
+def _scalar_input(node: Node) -> str:
+    source = next((p for p in (node, *node.all_input_nodes) if p.op == "placeholder"), node)
+    return (
+        f"the scalar {node} comes from the graph input {source}, whose value must not be read; expected a literal. "
+        "Under dynamic=True every Python float becomes an input: compile with dynamic=None, and name the sizes that "
+        "vary with torch._dynamo.mark_dynamic; a buffer has to become a Python float"
+    )
+
+
 def _origins(node: Node, frontier: Frontier) -> list[Node]:
     if frontier is Frontier.AS_IS:
         return [node]
-    root = strip(node)
+    root = strip(node, keep_order=True)
+    if root.target is opset.aten.complex.default:
+        return [strip(part, keep_order=True) for part in root.all_input_nodes]
     if _is_one_plus(root):
-        return [strip(root.args[0])]  # type: ignore[arg-type]
+        return [strip(root.args[0], keep_order=True)]  # type: ignore[arg-type]
     if frontier is Frontier.PARTS and root.target in (opset.aten.cat.default, opset.aten.stack.default):
-        return [strip(part) for part in root.all_input_nodes]
+        return [strip(part, keep_order=True) for part in root.all_input_nodes]
     return [root]
 
 

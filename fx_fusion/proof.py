@@ -65,7 +65,7 @@ def _prove_native(probe: Probe, reference: Reference, generator: torch.Generator
     for scale in (1.0, 3e2):
         data = (scale * torch.randn(probe.tokens, probe.columns, generator=generator)).to(dtype)
         wide = _signed(probe.random_leaves(generator), generator)
-        leaves = {leaf: value.to(leaf.meta["val"].dtype) for leaf, value in wide.items()}
+        leaves = {leaf: value.to(leaf.meta["val"].dtype.to_real()) for leaf, value in wide.items()}
         region = probe.run(data, leaves, Arithmetic.NATIVE).double()
         expected = reference(data.double(), {leaf: value.double() for leaf, value in leaves.items()})
         finite = region.isfinite()

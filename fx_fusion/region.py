@@ -22,14 +22,15 @@ from fx_fusion import opset
 from fx_fusion.decline import Decline
 from fx_fusion.facts import Facts, freeze
 from fx_fusion.opset import aten
-from fx_fusion.sizes import Sizes
+from fx_fusion.sizes import Sizes, same
 
 
 @dataclass(frozen=True)
 class Branch:
     """The computation from ``data`` to ``out``: ``nodes`` depend on data (``data`` itself excluded), in graph order.
 
-    ``projection`` is the earliest value that data could have been: its last dimension holds the columns of one token.
+    ``projection`` is the earliest value that data could have been, or the matrix product before it: its last dimension
+    holds the columns of one token.
     """
 
     projection: Node
@@ -68,12 +69,15 @@ def data_cuts(facts: Facts, origin: Node, out: Node) -> list[Node]:
     last = min(
         (facts.order[node] for node in body if _takes_root(node) and facts.order[node] > projection), default=None
     )
-    cuts = [node for node in chain[:-1] if facts.order[node] >= first]
+    cuts = [node for node in chain[:-1] if facts.order[node] >= first and not opset.is_complex_tensor(node)]
     if last is not None:
         cuts = [node for node in cuts if facts.order[node] < last]
     cuts = _without_padding(cuts)
     if not cuts:
         step = blocker or out
+        if step.target in opset.CENTRED_NORMS:
+            found = f"{step} ({step.target}) subtracts the mean, as a LayerNorm does; expected an RMSNorm"
+            raise Decline("norm.not_rms", found, [step])
         raise Decline("proof.not_analytic", f"{step} ({step.target}) stands between the projection and {out}", [step])
     return [cuts[0], *(node for node in cuts[1:] if not opset.is_movement(node))]
 
@@ -91,6 +95,17 @@ def _bottlenecks(path: Sequence[Node]) -> list[Node]:
     return found
 
 
+def rows_of_tokens(facts: Facts, origin: Node, cut: Node) -> Node:
+    """The value on the way from `origin` to `cut` that has one row a token: `cut` itself, or, where a step that is not
+    analytic stands after the heads were split, the matrix product before them.
+    """
+    path = facts.between(origin, [cut])
+    product = next((node for node in reversed(path) if opset.is_opaque(node)), origin)
+    after = path[path.index(product) + 1 :]
+    moves = all(opset.is_movement(node) for node in after)
+    return cut if moves or any(drops_rows(node) for node in after) else product
+
+
 def _without_padding(cuts: list[Node]) -> list[Node]:
     """Inductor pads matrix products and cuts the padding off again: the data begins after the cut."""
     start = 0
@@ -103,23 +118,42 @@ def _without_padding(cuts: list[Node]) -> list[Node]:
 
 
 def drops_rows(node: Node) -> bool:
-    """Does `node` keep some of its input's rows (of any dimension but the last)?"""
+    """Does `node` keep some of its input's rows: of the first dimension, or of any but the last while that one still
+    holds all columns of the matrix product? (Once those are split into heads, a slice picks heads.)
+    """
     if node.target is not aten.slice.Tensor:
         return False
-    rank: int = _node(node.args[0]).meta["val"].dim()
-    dim = node.args[1] if len(node.args) > 1 else 0
-    return isinstance(dim, int) and dim % rank != rank - 1
+    source = _node(node.args[0])
+    shape = source.meta["val"].shape
+    dim: Any = node.args[1] if len(node.args) > 1 else 0
+    if dim % len(shape) == 0:
+        return len(shape) > 1
+    return dim % len(shape) != len(shape) - 1 and same(shape[-1:], strip_views(source).meta["val"].shape[-1:])
 
 
 def _takes_root(node: Node) -> bool:
     return node.target in opset.ROOTS and not (node.target is aten.pow.Tensor_Scalar and node.args[1] in (2, 3, 4))
 
 
-def strip(node: Node) -> Node:
-    """The value that `node` is a view, a negation or a widened copy of."""
+def strip(node: Node, *, keep_order: bool = False) -> Node:
+    """The value that `node` is a view, a negation or a widened copy of; with `keep_order`, no further than where
+    dimensions change places.
+    """
     while opset.is_movement(node) or node.target is aten.neg.default or widens(node):
+        if keep_order and _reorders(node):
+            break
         node = _node(node.args[0])
     return node
+
+
+def _reorders(node: Node) -> bool:
+    """Does `node` permute dimensions of more than one element?"""
+    if node.target is not aten.permute.default:
+        return False
+    shape = _node(node.args[0]).meta["val"].shape
+    dims: Any = node.args[1]
+    wide = [dim % len(shape) for dim in dims if not same([shape[dim]], [1])]
+    return wide != sorted(wide)
 
 
 def strip_views(node: Any, *, keep_rows: bool = False) -> Node:
@@ -182,7 +216,7 @@ class Rotations:
             if node not in facts.live or not opset.is_arithmetic(node):
                 continue
             for parent in node.all_input_nodes:
-                if opset.is_float_tensor(parent):
+                if opset.is_float_tensor(parent) or opset.is_complex_tensor(parent):
                     root = facts.value_number(strip(parent))
                     self._sites.setdefault(root, []).append(node)
 
@@ -241,7 +275,7 @@ class Rotations:
 
 
 def _is_wide(node: Node) -> bool:
-    return opset.is_float_tensor(node) and node.meta["val"].dim() > 0
+    return (opset.is_float_tensor(node) or opset.is_complex_tensor(node)) and node.meta["val"].dim() > 0
 
 
 def _in_a_later_layer(facts: Facts, first: Node, second: Node) -> bool:

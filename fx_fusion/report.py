@@ -31,6 +31,7 @@ class LayerReport:
         error: largest relative difference to the fused operation in float64.
         assumed: declared meanings of opaque operations that it rests on, and how each was compared with its operation.
         code, reason, node, source: why not, where; `source` is the user's ``file:line``.
+        stage: the furthest that the pass came, if declined (``key, norm``).
         module: whose forward holds the layer (``layers.0.self_attn``), where it has a name.
     """
 
@@ -47,10 +48,12 @@ class LayerReport:
     node: str | None = None
     source: str | None = None
     module: str | None = None
+    stage: str | None = None
 
     def __str__(self) -> str:
         if self.state == "declined":
-            place = f"\n      at {self.source}" if self.source else ""
+            stage = f" (reached: {self.stage})" if self.stage else ""
+            place = f"\n      at {self.source}{stage}" if self.source else ""
             return f"declined    {self.code}: {self.reason}{place}"
         kernel = f" by {self.kernel}" if self.kernel else ""
         why = f"\n      {self.code}: {self.reason}" if self.code else ""

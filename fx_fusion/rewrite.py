@@ -170,11 +170,22 @@ def _take_heads(emit: Emitter, data: Node, heads: Heads, grid: Grid) -> Node:
 
 def _take_rows(emit: Emitter, lanes: Lanes, grid: Grid) -> Node:
     """[B or 1, S, count]"""
-    return take(emit, lanes.leaf, _rows(grid, lanes.per_batch), [(lanes.count, lanes.offset, lanes.step, lanes.width)])
+    return take(
+        emit,
+        _as_reals(emit, lanes.leaf),
+        _rows(grid, lanes.per_batch),
+        [(lanes.count, lanes.offset, lanes.step, lanes.width)],
+    )
+
+
+def _as_reals(emit: Emitter, values: Node) -> Node:
+    return emit.call(aten.view_as_real.default, values) if opset.is_complex_tensor(values) else values
 
 
 def _take_columns(emit: Emitter, table: Node, offset: int, step: int, count: int) -> Node:
     """[P, count]"""
+    if opset.is_complex_tensor(table):
+        table = emit.call(aten.reshape.default, _as_reals(emit, table), [table.meta["val"].shape[0], -1])
     return emit.call(aten.slice.Tensor, table, 1, offset, offset + step * (count - 1) + 1, step)
 
 
@@ -215,7 +226,7 @@ def _as_result(emit: Emitter, heads: Node, old: Node, layout: RotatedHeads) -> N
     if layout.heads_first:
         heads = emit.call(aten.permute.default, heads, [0, 2, 1, 3])
     shape = old.meta["val"].shape
-    if len(layout.token_dims) == 2:
+    if len(layout.token_dims) == 2 and len(shape) == 4:
         return heads
     return emit.call(aten.reshape.default, heads, list(shape))
 

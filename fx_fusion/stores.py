@@ -280,7 +280,8 @@ def pair_stores(facts: Facts, stores: Sequence[Store]) -> tuple[list[tuple[Store
             met.update(tags)
             continue
         for parent in node.all_input_nodes if tags else ():
-            visit(parent, tags)
+            if not opset.is_symbolic(parent):
+                visit(parent, tags)
     pairs.reverse()
     return pairs, [store for i, store in enumerate(stores) if i not in met]
 

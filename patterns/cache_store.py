@@ -384,6 +384,15 @@ def _check_complete(store: Store, elements: torch.Tensor, heads: Heads, grid: tu
 def _as_stored(store: Store, elements: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """`elements` in the shape that the writer gives the value: dimensions of size one may be missing in front."""
     if elements.numel() != like.numel():
+        symbols = [f"{size} in dimension {dim}" for dim, size in enumerate(store.view.meta["val"].shape[1:], 1)
+                   if isinstance(size, torch.SymInt)]  # fmt: skip
+        if symbols:
+            found = (
+                f"the cache {store.cache} has the symbolic sizes {', '.join(symbols)}, expected the numbers of heads "
+                "and lanes that are stored; compile with dynamic=None, and name the sizes that vary with "
+                "torch._dynamo.mark_dynamic"
+            )
+            raise Decline("region.sizes", found, [store.writer])
         found = f"a value of shape {list(elements.shape)} is broadcast into {list(like.shape)}"
         raise Decline("store.value_broadcast", found, [store.writer])
     return elements.expand(like.shape)
@@ -426,7 +435,11 @@ def _put(store: Store, sizes: Sizes) -> tuple[dict[int, torch.Tensor], dict[int,
             extent[dim] = numbers[dim].numel()
             index[dim] = numbers[dim]
         ruler = torch.arange(extent[dim]).reshape([-1 if d == dim else 1 for d in range(len(shape))]).expand(extent)
-        return aten.index.Tensor(ruler, index)
+        try:
+            return aten.index.Tensor(ruler, index)
+        except (IndexError, RuntimeError) as error:
+            found = f"the indices of {store.writer} fit together at the sizes of the trace, not at others: {error}"
+            raise Decline("region.sizes", found, [store.writer]) from error
 
     picked = {dim: pick(dim) for dim in range(len(shape))}
     return (

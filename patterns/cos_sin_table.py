@@ -21,7 +21,10 @@ _FIRST = 1 << 40
 
 @dataclass(frozen=True)
 class Columns:
-    """Lane or pair i takes column ``offset + i * step`` of `table` [P, width], a graph value."""
+    """Lane or pair i takes column ``offset + i * step`` of `table` [P, width], a graph value.
+
+    A complex table [P, width / 2] counts as the reals that it holds.
+    """
 
     table: Node
     offset: int
@@ -61,7 +64,7 @@ def _trace(
     facts: Facts, lanes: Lanes, rotary_dim: int, is_neox: bool, sizes: Sizes, grid: tuple[int, int]
 ) -> _Trace | None:
     leaves = _leaves(facts, lanes.leaf)
-    tables = [leaf for leaf in leaves if opset.is_float_tensor(leaf)]
+    tables = [leaf for leaf in leaves if opset.is_float_tensor(leaf) or opset.is_complex_tensor(leaf)]
     indices = [leaf for leaf in leaves if opset.is_int_tensor(leaf)]
     if len(tables) != 1 or len(indices) != 1 or len(leaves) != 2 or tables[0].meta["val"].dim() != 2:
         return None
@@ -76,6 +79,8 @@ def _trace(
         found = _axes(row, sizes.shape(positions.meta["val"]), grid, per_batch)
         if found is not None:
             num_axes, axes = found
+            if num_axes > 1 and not isinstance(positions.meta["val"].shape[0], int):
+                return None  # how many axes there are is known for these sizes only
             pairs = _pair_axes(axes, lanes.count, rotary_dim, is_neox)
             return (
                 (Columns(table, int(column[0, 0]), step, lanes.count), positions, num_axes, per_batch, pairs)
@@ -105,7 +110,10 @@ def _leaves(facts: Facts, node: Node) -> list[Node]:
 def _elements(
     facts: Facts, lanes: Lanes, table: Node, positions: Node, sizes: Sizes, grid: tuple[int, int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each token and lane: which element of `positions` chose its row, and which column it takes."""
+    """For each token and lane: which element of `positions` chose its row, and which column it takes.
+
+    The columns of a complex table are counted in real numbers.
+    """
     shape = sizes.shape(positions.meta["val"])
     count = torch.Size(shape).numel()
     rows, width = sizes.shape(table.meta["val"])
@@ -117,12 +125,16 @@ def _elements(
     for numbers in (row_numbers, column_numbers):
         given = {table: numbers, positions: chosen.to(positions.meta["val"].dtype)}
         inputs = _everywhere(facts, lanes.leaf, given)
-        flat = evaluate([lanes.leaf], inputs, sizes, Arithmetic.MOVE)[0].reshape(-1, lanes.width)
-        at = lanes.take(flat)
-        if at.dtype != torch.int64:
+        moved = evaluate([lanes.leaf], inputs, sizes, Arithmetic.MOVE)[0]
+        if moved.dtype != torch.int64:
             raise Decline("rope.rows", f"{lanes.leaf} is not made of the table's elements alone", [lanes.leaf])
-        results.append((at - _FIRST).repeat(grid[0] * grid[1] // at.shape[0], 1))
-    return results[0], results[1]
+        results.append(moved - _FIRST)
+    if opset.is_complex_tensor(lanes.leaf):
+        row, column = results
+        results = [torch.stack([row, row], -1), torch.stack([2 * column, 2 * column + 1], -1)]
+    chosen_rows, columns = (lanes.take(each.reshape(-1, lanes.width)) for each in results)
+    repeats = grid[0] * grid[1] // columns.shape[0]
+    return chosen_rows.repeat(repeats, 1), columns.repeat(repeats, 1)
 
 
 def _everywhere(facts: Facts, out: Node, values: dict[Node, torch.Tensor]) -> dict[Node, torch.Tensor]:

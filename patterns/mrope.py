@@ -30,6 +30,10 @@ class Lanes:
     per_batch: bool
     """False if the row of (b, s) is row s of the leaf; True if it is row b * seq + s."""
 
+    def __str__(self) -> str:
+        columns = f"{self.offset}:{self.offset + self.step * self.count}:{self.step}"
+        return f"columns {columns} of {self.leaf} [{'tokens' if self.per_batch else 'positions'}, {self.width}]"
+
     def take(self, rows: torch.Tensor) -> torch.Tensor:
         """[..., count] from rows [..., width]"""
         return rows[..., self.offset : self.offset + self.step * self.count : self.step]
@@ -73,7 +77,7 @@ def read_couplings(
 
     everything = respond(torch.ones(width, dtype=torch.bool))
     if not bool((everything - everything[:, :1]).abs().max() < TOLERANCE * everything.abs().max()):
-        raise Decline("rope.rows", "heads of one token are rotated by different angles", [probe.branch.out])
+        raise _heads_differ(probe, heads)
     total = everything[:, 0]
     partner = torch.zeros(width, dtype=torch.long)
     own = torch.full_like(total, math.nan)
@@ -98,6 +102,15 @@ def read_couplings(
     return Couplings(partner, own, total - own)
 
 
+def _heads_differ(probe: Probe, heads: Heads) -> Decline:
+    shape = (heads.num_heads, heads.head_dim)
+    weights = [leaf for leaf in probe.leaves if probe.leaf_shape(leaf)[-2:] == shape]
+    if weights:
+        found = f"{weights[0]} holds {shape[0]} rows of {shape[1]}, one a head; expected one weight for all heads"
+        return Decline("norm.weight", found, [weights[0], probe.branch.out])
+    return Decline("rope.rows", "heads of one token are rotated by different angles", [probe.branch.out])
+
+
 def read_rope(
     probe: Probe, couplings: Couplings, leaves: Mapping[Node, torch.Tensor], weight: Node | None, grid: tuple[int, int]
 ) -> Rope:
@@ -105,7 +118,8 @@ def read_rope(
     out = probe.branch.out
     rotary_dim = int((couplings.partner >= 0).sum())
     if rotary_dim == 0:
-        raise Decline("rope.missing", "no lane of a head is combined with another", [out])
+        found = f"between {probe.branch.data} and {out} no lane of a head is combined with another"
+        raise Decline("rope.missing", found, [out])
     is_neox = _style(couplings.partner, rotary_dim, out)
     if not bool(((couplings.own[:, rotary_dim:] - 1).abs() < TOLERANCE).all()):
         raise Decline("rope.not_a_rotation", f"the lanes after {rotary_dim} are scaled, expected a plain copy", [out])
@@ -149,15 +163,33 @@ class _Place:
 
 def _look_up(values: torch.Tensor, angles: Mapping[Node, torch.Tensor], out: Node, what: str) -> _Place:
     """The leaf that holds all of `values` [tokens, lanes]."""
+    flat = values.reshape(-1).contiguous()
     for leaf, candidates in angles.items():
         ranked = candidates.reshape(-1).sort()
-        flat = values.reshape(-1).contiguous()
-        nearest = torch.searchsorted(ranked.values, flat - TOLERANCE).clamp(max=candidates.numel() - 1)
-        if bool(((ranked.values[nearest] - flat).abs() < 2 * TOLERANCE).all()):
+        nearest = _nearest(ranked.values, flat)
+        if bool(_close(ranked.values[nearest], flat).all()):
             return _Place(leaf, ranked.indices[nearest].reshape(values.shape), candidates.numel())
-    leaves = ", ".join(str(leaf) for leaf in angles) or "no operand"
-    found = f"the {what} that multiplies a lane is not an element, with that sign, of {leaves}"
-    raise Decline("rope.not_a_rotation", found, [out])
+    raise Decline("rope.not_a_rotation", _not_found(flat, angles, what), [out])
+
+
+def _nearest(ranked: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    return torch.searchsorted(ranked, values - TOLERANCE).clamp(max=ranked.numel() - 1)
+
+
+def _close(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return (a - b).abs() < 2 * TOLERANCE
+
+
+def _not_found(values: torch.Tensor, angles: Mapping[Node, torch.Tensor], what: str) -> str:
+    if not angles:
+        return f"the {what} of a lane measures {float(values[0]):.6g}; expected an operand to hold it, there is none"
+    leaves = " or ".join(str(leaf) for leaf in angles)
+    known = torch.cat([candidates.reshape(-1) for candidates in angles.values()]).sort().values
+    odd = values[~_close(known[_nearest(known, values)], values)][:1]
+    if not len(odd):
+        return f"the {what}s of a head are spread over {leaves}; expected one of them to hold all"
+    found = f"the {what} of a lane measures {float(odd):.6g}; expected an element of {leaves}"
+    return f"{found}, which has its negative" if bool(_close(known[_nearest(known, -odd)], -odd)) else found
 
 
 def _as_lanes(place: _Place, lanes: torch.Tensor, grid: tuple[int, int]) -> Lanes:

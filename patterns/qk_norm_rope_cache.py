@@ -23,7 +23,7 @@ from torch.fx import Node
 
 from fx_fusion.certificate import CODES as CERTIFICATE_CODES
 from fx_fusion.certificate import certify_copy
-from fx_fusion.decline import Decline
+from fx_fusion.decline import Decline, reaching
 from fx_fusion.evaluate import check_memory
 from fx_fusion.facts import Facts
 from fx_fusion.opset import aten
@@ -49,6 +49,7 @@ from fx_fusion.region import (
     branch_key,
     data_cuts,
     is_moved_from,
+    rows_of_tokens,
 )
 from fx_fusion.sizes import Sizes
 from fx_fusion.stores import Store, find_stores, pair_stores, tell_key_from_value
@@ -156,18 +157,23 @@ def find(facts: Facts) -> tuple[list[Candidate], list[Decline]]:
 
 def read(facts: Facts, candidate: Candidate, memo: Memo) -> Match:
     """Read and prove one candidate. Raises Decline with the reason why not."""
-    key_store, value_store = tell_key_from_value(facts, *candidate.stores, candidate.origin)
-    conversion = read_conversion(key_store)
-    key, key_heads = _read_key(facts, conversion, candidate.origin, memo)
-    query, query_heads = _read_query(facts, candidate.rotations, key, value_store, memo)
-    rope = _same_rotation(facts, query_heads, key_heads)
+    with reaching("stores"):
+        key_store, value_store = tell_key_from_value(facts, *candidate.stores, candidate.origin)
+        conversion = read_conversion(key_store)
+    with reaching("key"):
+        key, key_heads = _read_key(facts, conversion, candidate.origin, memo)
+    with reaching("query"):
+        query, query_heads = _read_query(facts, candidate.rotations, key, value_store, memo)
+        rope = _same_rotation(facts, query_heads, key_heads)
     sizes = facts.sizes[0]
     grid = key_heads.grid(sizes.shape(key.out.meta["val"]), key.tokens(sizes))
     if grid != query_heads.grid(sizes.shape(query.out.meta["val"]), query.tokens(sizes)):
         raise Decline("split.layout", "query and key hold their tokens in different grids", [query.out, key.out])
-    stored_key = _stored_key(facts, key_store, conversion, key, key_heads, grid, memo)
-    stored_value = _stored_value(facts, value_store, stored_key, grid, memo)
-    slots = _same_slots(stored_key, stored_value, sizes)
+    with reaching("key's store"):
+        stored_key = _stored_key(facts, key_store, conversion, key, key_heads, grid, memo)
+    with reaching("value's store"):
+        stored_value = _stored_value(facts, value_store, stored_key, grid, memo)
+        slots = _same_slots(stored_key, stored_value, sizes)
     return Match(
         query=query,
         query_heads=query_heads,
@@ -186,9 +192,13 @@ def read(facts: Facts, candidate: Candidate, memo: Memo) -> Match:
 
 
 def _read_key(facts: Facts, conversion: Conversion, origin: Node, memo: Memo) -> tuple[Branch, RotatedHeads]:
-    """The rotated key: what is stored, before it is moved, scaled and converted for the store."""
-    values = [node for node in conversion.values if node is not origin]
-    return _furthest(_attempts(facts, origin, values or [conversion.value], memo))
+    """The rotated key: what is stored, before it is moved, scaled and converted for the store.
+
+    A cache may be narrower or wider than the model; the key leaves the rotation in the projection's dtype.
+    """
+    values = [node for node in conversion.values if node is not origin] or [conversion.value]
+    values.sort(key=lambda value: value.meta["val"].dtype != origin.meta["val"].dtype)
+    return _furthest(_attempts(facts, origin, values, memo))
 
 
 def _read_query(
@@ -210,8 +220,9 @@ def _attempts(facts: Facts, origin: Node, outs: Sequence[Node], memo: Memo) -> I
         except Decline as decline:
             yield decline
             continue
+        projection = rows_of_tokens(facts, origin, cuts[0])
         for data in cuts[:_CUTS]:
-            yield _attempt(facts, branch_between(facts, cuts[0], data, out), memo)
+            yield _attempt(facts, branch_between(facts, projection, data, out), memo)
 
 
 def _attempt(facts: Facts, branch: Branch, memo: Memo) -> Attempt:
@@ -244,7 +255,8 @@ def _memoised(facts: Facts, branch: Branch, memo: Memo) -> RotatedHeads:
 
     That includes the way from the origins of the frontier, the furthest that any reading looks back, to the branch.
     """
-    taken = find_leaves(branch)
+    with reaching("operands"):
+        taken = find_leaves(branch)
     leaves = tuple(dict.fromkeys(leaf for each in taken.values() for leaf in each))
     key = branch_key(branch, taken[Frontier.PARTS])
     if key not in memo:
@@ -254,9 +266,8 @@ def _memoised(facts: Facts, branch: Branch, memo: Memo) -> RotatedHeads:
             memo[key] = decline
     known = memo[key]
     if isinstance(known, Decline):
-        raise Decline(
-            known.code, known.found, [branch.out] if known.nodes and known.nodes[0] not in branch.nodes else known.nodes
-        )
+        nodes = [branch.out] if known.nodes and known.nodes[0] not in branch.nodes else known.nodes
+        raise Decline(known.code, known.found, nodes, known.reached)
     heads, its_leaves = known
     return heads.on(dict(zip(its_leaves, leaves, strict=True)))
 
@@ -288,7 +299,10 @@ def _same_rotation(facts: Facts, query: RotatedHeads, key: RotatedHeads) -> Rope
         for rope in ropes
     ]
     if seen[0] != seen[1]:
-        raise Decline("rope.differs", f"the query's rotation is {ropes[0]}, the key's {ropes[1]}", [ropes[0].cos.leaf])
+        turns = [f"{'neox' if r.is_neox else 'gpt-j'} over {r.rotary_dim} lanes by {r.cos} and {r.sin}" for r in ropes]
+        found = f"the query is rotated {turns[0]}, the key {turns[1]}; expected one and the same rotation"
+        leaves = {rope.cos.leaf: None for rope in ropes} | {rope.sin.leaf: None for rope in ropes}
+        raise Decline("rope.differs", found, list(leaves))
     if query.heads.head_dim != key.heads.head_dim:
         found = f"query heads have {query.heads.head_dim} lanes, key heads {key.heads.head_dim}"
         raise Decline("split.heads", found, [ropes[0].cos.leaf])

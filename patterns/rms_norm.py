@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
+from fx_fusion import opset
 from fx_fusion.decline import Decline
 from fx_fusion.patterns.split import Heads, expected_columns
 from fx_fusion.probe import TOLERANCE, Probe, relative_difference
@@ -39,10 +40,12 @@ def is_normalised(probe: Probe, leaves: Leaves, generator: torch.Generator) -> b
     if relative_difference(twice, 2 * once) < TOLERANCE:
         return False
     found = "doubling large input neither leaves the result alone (a norm) nor doubles it (no norm)"
-    raise Decline("norm.not_rms", found, [probe.branch.out])
+    raise Decline("norm.not_rms", found, _norm_nodes(probe))
 
 
-def read_owners(probe: Probe, heads: Heads, leaves: Leaves, generator: torch.Generator) -> torch.Tensor:
+def read_owners(
+    probe: Probe, heads: Heads, leaves: Leaves, normalised: bool, generator: torch.Generator
+) -> torch.Tensor:
     """For each element of the flattened result, ``token * num_heads + head`` of the head that it depends on.
 
     Each head gets a magnitude of its own, far below eps, where the norm is linear: the ratio to a run with equal
@@ -58,15 +61,42 @@ def read_owners(probe: Probe, heads: Heads, leaves: Leaves, generator: torch.Gen
     ranked = ratio.sort()
     if ratio.numel() != blocks * heads.head_dim:
         found = f"{ratio.numel()} values result from {blocks} heads of {heads.head_dim} lanes"
-        raise Decline("split.heads", found, [probe.branch.out])
+        raise Decline("split.heads", found, _norm_nodes(probe))
     measured = ranked.values.reshape(blocks, heads.head_dim)
     expected = magnitude.sort()
     if not bool(((measured - expected.values[:, None]).abs() < 1e-7 * expected.values[:, None]).all()):
-        found = "near zero, a head's result does not grow with that head alone: is there no positive eps?"
-        raise Decline("norm.eps", found, [probe.branch.out])
+        raise _not_linear_near_zero(probe, leaves, TINY * equal, normalised)
     owners = torch.empty(ratio.numel(), dtype=torch.long)
     owners[ranked.indices] = expected.indices.repeat_interleave(heads.head_dim)
     return owners
+
+
+def _norm_nodes(probe: Probe) -> list[Node]:
+    """What to point at: the root, and the branch's result."""
+    nodes, out = probe.branch.nodes, probe.branch.out
+    root = next((node for node in nodes if node.target in opset.ROOTS and node.args[1:] != (2,)), out)
+    return [root, out]
+
+
+def _not_linear_near_zero(probe: Probe, leaves: Leaves, data: torch.Tensor, normalised: bool) -> Decline:
+    """Why the results for `data`, all of it tiny, do not follow the heads."""
+    out = _norm_nodes(probe)
+    nothing = probe.run(torch.zeros_like(data), leaves)
+    if not bool((nothing == 0).all()):
+        what = "no number" if bool(nothing.isnan().any()) else f"up to {float(nothing.abs().max()):.3g}"
+        if normalised and bool(nothing.isnan().any()):
+            return Decline("norm.eps", "for zero input the result is no number: expected a positive eps", out)
+        return Decline("norm.offset", f"for zero input the result is {what}, expected 0: something is added to it", out)
+    once, twice = probe.run(data, leaves), probe.run(2 * data, leaves)
+    ratio = float((twice / once).nanmedian())
+    if abs(ratio - 2) < TOLERANCE:
+        return Decline("norm.not_per_head", "near zero a result grows with other heads than its own", out)
+    found = f"near zero, doubling the input multiplies the result by {ratio:.9g}, expected 2"
+    if normalised and abs(ratio - 1) < TOLERANCE:
+        return Decline("norm.eps", f"{found}: nothing positive is added under the root", out)
+    if normalised and abs(ratio - 2) < 1e-2:
+        return Decline("norm.eps", f"{found}: eps is not added under the root", out)
+    return Decline("norm.not_rms", found, out)
 
 
 def check_per_head(probe: Probe, heads: Heads, leaves: Leaves, generator: torch.Generator) -> None:
@@ -76,7 +106,7 @@ def check_per_head(probe: Probe, heads: Heads, leaves: Leaves, generator: torch.
     reached = int(probe.run(data, leaves).isnan().sum()) // probe.tokens
     if reached > heads.head_dim:
         found = f"one column reaches {reached} results, head_dim is {heads.head_dim}: the norm spans more than one head"
-        raise Decline("norm.not_per_head", found, [probe.branch.out])
+        raise Decline("norm.not_per_head", found, _norm_nodes(probe))
 
 
 def place_heads(rest: torch.Tensor, heads: Heads, values: torch.Tensor) -> torch.Tensor:
@@ -126,7 +156,7 @@ def read_eps(probe: Probe, heads: Heads, leaves: Leaves, owners: torch.Tensor, g
         if all(abs(value - literal) < 1e-6 * literal for value in measured):
             return literal
     found = f"the constant under the root measures {measured[0]:.3e} on one input and {measured[1]:.3e} on another"
-    raise Decline("norm.eps", f"{found}; expected one number of {literals}", [probe.branch.out])
+    raise Decline("norm.eps", f"{found}; expected one number of {literals}", _norm_nodes(probe))
 
 
 def _literals(probe: Probe) -> list[float]:

@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from fx_fusion.certificate import certify
-from fx_fusion.decline import Decline
+from fx_fusion.decline import Decline, reaching
 from fx_fusion.fewer_tokens import fewer_tokens
 from fx_fusion.kernels import reference
 from fx_fusion.patterns.mrope import Lanes, Rope, read_couplings, read_rope
@@ -64,14 +64,16 @@ def read_rotated_heads(branch: Branch, sizes: Sequence[Sizes]) -> RotatedHeads:
     Raises:
         Decline: of the attempt that got furthest.
     """
-    certify(branch)
+    with reaching("certificate"):
+        certify(branch)
     short, originals = _at_fewer_tokens(branch, sizes[0])
     if not originals:
         return _read_any(branch, sizes)
     try:
         return _read_any(short, sizes).on(originals)
     except Decline as decline:
-        raise Decline(decline.code, decline.found, [originals[node] for node in decline.nodes]) from decline
+        nodes = [originals.get(node, node) for node in decline.nodes]
+        raise Decline(decline.code, decline.found, nodes, decline.reached) from decline
 
 
 def _at_fewer_tokens(branch: Branch, sizes: Sizes) -> tuple[Branch, dict[Node, Node]]:
@@ -103,42 +105,52 @@ def _read_any(branch: Branch, sizes: Sequence[Sizes]) -> RotatedHeads:
 
 def _read(branch: Branch, leaves: tuple[Node, ...], sizes: Sequence[Sizes]) -> RotatedHeads:
     probe = Probe(branch, leaves, sizes[0])
-    columns = read_columns(probe)
+    with reaching("split"):
+        columns = read_columns(probe)
     first: Decline | None = None
     for head_dim in _head_dims(probe, len(columns)):
         try:
-            reading = _read_heads(probe, read_heads(columns, head_dim, probe.columns, branch.data))
+            with reaching("split"):
+                heads = read_heads(columns, head_dim, probe.columns, branch.data)
+            reading = _read_heads(probe, heads)
             break
         except Decline as decline:
             first = first or decline
     else:
         assert first is not None
         raise first
-    error = max(_prove(Probe(branch, leaves, each), reading) for each in sizes)
+    with reaching("proof"):
+        error = max(_prove(Probe(branch, leaves, each), reading) for each in sizes)
     return replace(reading, error=error)
 
 
 def _head_dims(probe: Probe, columns: int) -> list[int]:
-    """Widths a head may have: the result's last dimension where heads have a dimension of their own, or a weight's."""
+    """Widths a head may have: the result's last dimension where heads have a dimension of their own, or a weight's; the
+    last two, where the halves or the pairs of a head have one.
+    """
     shape = probe.sizes.shape(probe.branch.out.meta["val"])
     vectors = [probe.leaf_shape(leaf)[0] for leaf in probe.leaves if leaf.meta["val"].dim() == 1]
     candidates = [shape[-1], *vectors] if len(shape) > 2 or not vectors else [*vectors, shape[-1]]
-    return [width for width in dict.fromkeys(candidates) if width > 1] or [columns]
+    if len(shape) > 3:
+        candidates.insert(0 if shape[-1] == 2 else len(candidates), shape[-2] * shape[-1])
+    return [width for width in dict.fromkeys(candidates) if 1 < width <= columns] or [columns]
 
 
 def _read_heads(probe: Probe, heads: Heads) -> RotatedHeads:
     generator = torch.Generator().manual_seed(0)
     leaves = probe.random_leaves(generator)
-    normalised = is_normalised(probe, leaves, generator)
-    check_per_head(probe, heads, leaves, generator)
-    owners = read_owners(probe, heads, leaves, generator)
-    token_dims, heads_first = _read_layout(probe, heads, owners)
-    eps = read_eps(probe, heads, leaves, owners, generator) if normalised else None
-    weight, gemma = read_weight(probe, heads, leaves, generator)
+    with reaching("norm"):
+        normalised = is_normalised(probe, leaves, generator)
+        check_per_head(probe, heads, leaves, generator)
+        owners = read_owners(probe, heads, leaves, normalised, generator)
+        token_dims, heads_first = _read_layout(probe, heads, owners)
+        eps = read_eps(probe, heads, leaves, owners, generator) if normalised else None
+        weight, gemma = read_weight(probe, heads, leaves, generator)
     neutral = {**leaves, weight: torch.full_like(leaves[weight], 0.0 if gemma else 1.0)} if weight else leaves
-    couplings = read_couplings(probe, heads, neutral, owners, normalised)
-    grid = _grid(token_dims, probe.sizes.shape(probe.branch.out.meta["val"]), probe.tokens)
-    rope = read_rope(probe, couplings, neutral, weight, grid)
+    with reaching("rotation"):
+        couplings = read_couplings(probe, heads, neutral, owners, normalised)
+        grid = _grid(token_dims, probe.sizes.shape(probe.branch.out.meta["val"]), probe.tokens)
+        rope = read_rope(probe, couplings, neutral, weight, grid)
     return RotatedHeads(heads, Norm(eps, weight, gemma), rope, token_dims, heads_first, error=0.0)
 
 
@@ -150,6 +162,8 @@ def _read_layout(probe: Probe, heads: Heads, owners: torch.Tensor) -> tuple[tupl
     """Where tokens and heads lie in the result."""
     shape = probe.sizes.shape(probe.branch.out.meta["val"])
     tokens, num_heads, head_dim = probe.tokens, heads.num_heads, heads.head_dim
+    if len(shape) == 5 and shape[3] * shape[4] == head_dim:  # halves or pairs have a dimension of their own
+        shape = (*shape[:3], head_dim)
     numbers = torch.arange(tokens * num_heads)
     found = owners.reshape(-1, head_dim)
     if not bool((found == found[:, :1]).all()):

@@ -43,7 +43,10 @@ def read_columns(probe: Probe) -> torch.Tensor:
         used[value.reshape(-1)] = True
     used = used.reshape(probe.tokens, probe.columns)
     if not bool((used == used[0]).all()):
-        raise Decline("split.columns", "tokens read different columns of the projection", [probe.branch.data])
+        other = int((used != used[0]).any(1).int().argmax())
+        first, second = (_summary(used[token].nonzero()[:, 0]) for token in (0, other))
+        found = f"token 0 reads {first} of the projection, token {other} {second}; expected the same of each token"
+        raise Decline("split.columns", found, [probe.branch.data])
     return used[0].nonzero()[:, 0]
 
 
@@ -80,9 +83,7 @@ def read_heads(columns: torch.Tensor, head_dim: int, width: int, data: Node) -> 
     stride = int(starts[1] - starts[0]) if len(starts) > 1 else head_dim
     heads = Heads(len(starts), head_dim, int(starts[0]), stride, width)
     if not bool((grid == expected_columns(heads)).all()):
-        found = (
-            f"the columns {_summary(columns)} are not heads of {head_dim} consecutive columns at a constant distance"
-        )
+        found = f"the {_summary(columns)} are not heads of {head_dim} consecutive columns at a constant distance"
         raise Decline("split.columns", found, [data])
     return heads
 
@@ -98,4 +99,4 @@ def take_heads(data: torch.Tensor, heads: Heads) -> torch.Tensor:
 
 
 def _summary(columns: torch.Tensor) -> str:
-    return f"{int(columns[0])}..{int(columns[-1])} ({len(columns)} of them)"
+    return f"columns {int(columns[0])}..{int(columns[-1])} ({len(columns)} of them)" if len(columns) else "no column"

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
-from prologue import EPS, HEAD_DIM, NUM_HEADS, NUM_KV_HEADS, Prologue, arguments
+from prologue import EPS, HEAD_DIM, NUM_HEADS, NUM_KV_HEADS, SLOTS, Prologue, arguments
 from torch import nn
 
 from fx_fusion.testing import assert_declines, assert_fuses
 
-LOOK_ALIKES: dict[str, tuple[type[Prologue], str]] = {}
+LOOK_ALIKES: dict[str, tuple[type[Prologue], str, str, str]] = {}
 
 
-def look_alike(code: str):
+def look_alike(code: str, says: str, stage: str):
+    """Declined with `code`; the reason matches the pattern `says`; the pass came as far as `stage`."""
+
     def add(cls: type[Prologue]) -> type[Prologue]:
-        LOOK_ALIKES[cls.__name__] = (cls, code)
+        LOOK_ALIKES[cls.__name__] = (cls, code, says, stage)
         return cls
 
     return add
 
 
-@look_alike("split.columns")
+@look_alike("split.columns", "token 0 reads no column of the projection, token 2 columns 64..127", "key, split")
 class TokensMixed(Prologue):
     """The projection is cut as one long row: what token 1 gets are other columns than token 0's."""
 
@@ -32,7 +36,7 @@ class TokensMixed(Prologue):
         return tuple(parts)
 
 
-@look_alike("norm.not_per_head")
+@look_alike("norm.not_per_head", "reaches 32 results, head_dim is 16", "key, norm")
 class NormOverTheProjection(Prologue):
     """OLMo2, MiniMax"""
 
@@ -45,25 +49,29 @@ class NormOverTheProjection(Prologue):
         return super().norm(x.flatten(1), weight).view(x.shape)
 
 
-@look_alike("proof.not_analytic")
+@look_alike("norm.not_rms", "var_mean.* subtracts the mean", "key")
 class LayerNorm(Prologue):
     def norm(self, x, weight):
         return F.layer_norm(x, (HEAD_DIM,), weight, None, EPS)
 
 
-@look_alike("norm.eps")
+@look_alike(
+    "norm.eps",
+    r"multiplies the result by 1\.99.*, expected 2: eps is not added under the root",
+    "key, norm",
+)
 class EpsOutsideTheRoot(Prologue):
     def norm(self, x, weight):
         return x / (x.pow(2).mean(-1, keepdim=True).sqrt() + EPS) * weight
 
 
-@look_alike("norm.eps")
+@look_alike("norm.eps", "for zero input the result is no number: expected a positive eps", "key, norm")
 class NoEps(Prologue):
     def norm(self, x, weight):
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True)) * weight
 
 
-@look_alike("norm.eps_is_input")
+@look_alike("norm.eps_is_input", "comes from the graph input .* expected a literal.*mark_dynamic", "key, operands")
 class EpsInABuffer(Prologue):
     def __init__(self, dtype=torch.float32):
         super().__init__(dtype)
@@ -73,7 +81,7 @@ class EpsInABuffer(Prologue):
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * weight
 
 
-@look_alike("rope.missing")
+@look_alike("rope.missing", "between cat_1 and mul_11 no lane", "key, rotation")
 class NormAfterTheRotation(Prologue):
     def forward(self, x, positions, slots, k_cache, v_cache):
         q, k, v = self.split(self.project(x))
@@ -85,34 +93,38 @@ class NormAfterTheRotation(Prologue):
         return self.consume(q, k, v, k_cache, v_cache)
 
 
-@look_alike("rope.not_a_rotation")
+@look_alike(
+    "rope.not_a_rotation",
+    "the sine of a lane measures .* which has its negative",
+    "key, rotation",
+)
 class SineNegatedInOneHalf(Prologue):
     def rotate(self, x, cos, sin):
         a, b = x.chunk(2, -1)
         return torch.cat([a * cos + b * sin, b * cos + a * sin], -1)
 
 
-@look_alike("rope.not_a_rotation")
+@look_alike("rope.not_a_rotation", "lane 0 with lane 15; expected partners 8 apart", "key, rotation")
 class LanesPermuted(Prologue):
     def rotate(self, x, cos, sin):
         a, b = x.chunk(2, -1)
         return torch.cat([a * cos - b.flip(-1) * sin, b * cos + a * sin], -1)
 
 
-@look_alike("rope.not_a_rotation")
+@look_alike("rope.not_a_rotation", r"the cosine of a lane measures \d.* expected an element of", "key, rotation")
 class CosineSquared(Prologue):
     def rotate(self, x, cos, sin):
         a, b = x.chunk(2, -1)
         return torch.cat([a * cos * cos - b * sin, b * cos + a * sin], -1)
 
 
-@look_alike("rope.missing")
+@look_alike("rope.missing", "between mm and mul_3 no lane", "key, rotation")
 class NoRotation(Prologue):
     def rotate(self, x, cos, sin):
         return x
 
 
-@look_alike("rope.query_missing")
+@look_alike("rope.query_missing", "no other value is rotated by the angles that rotate", "query")
 class QueryNotRotated(Prologue):
     def forward(self, x, positions, slots, k_cache, v_cache):
         q, k, v = self.split(self.project(x))
@@ -122,7 +134,7 @@ class QueryNotRotated(Prologue):
         return self.consume(self.norm(q, self.q_weight), k, v, k_cache, v_cache)
 
 
-@look_alike("rope.differs")
+@look_alike("rope.differs", "the query is rotated neox over 16 lanes by columns 0:8:1 of .*, the key neox", "query")
 class QueryRotatedByOtherAxes(Prologue):
     def forward(self, x, positions, slots, k_cache, v_cache):
         q, k, v = self.split(self.project(x))
@@ -134,7 +146,7 @@ class QueryRotatedByOtherAxes(Prologue):
         return self.consume(q, k, v, k_cache, v_cache)
 
 
-@look_alike("split.v_not_copied")
+@look_alike("split.v_not_copied", "both fed by 4 tensors", "stores")
 class ValueRotatedToo(Prologue):
     def forward(self, x, positions, slots, k_cache, v_cache):
         q, k, v = self.split(self.project(x))
@@ -145,7 +157,7 @@ class ValueRotatedToo(Prologue):
         return self.consume(q, k, v, k_cache, v_cache)
 
 
-@look_alike("proof.not_analytic")
+@look_alike("proof.not_analytic", "clamp_max", "key")
 class ClampAfterTheNorm(Prologue):
     """Random data never reaches the bound."""
 
@@ -153,13 +165,13 @@ class ClampAfterTheNorm(Prologue):
         return super().norm(x, weight).clamp(-1e4, 1e4)
 
 
-@look_alike("proof.not_analytic")
+@look_alike("proof.not_analytic", "clamp_max", "key")
 class ClampAfterTheRotation(Prologue):
     def rotate(self, x, cos, sin):
         return super().rotate(x, cos, sin).clamp(-1e4, 1e4)
 
 
-@look_alike("proof.not_analytic")
+@look_alike("proof.not_analytic", "a root of something that is not a sum over lanes", "key, certificate")
 class ClampSpelledWithARoot(Prologue):
     """min(x, 1e4) = (x + 1e4 - |x - 1e4|) / 2, and |y| = sqrt(y²): every op is analytic, the function is not."""
 
@@ -168,19 +180,19 @@ class ClampSpelledWithARoot(Prologue):
         return (y + 1e4 - (y - 1e4).square().sqrt()) / 2
 
 
-@look_alike("proof.not_analytic")
+@look_alike("proof.not_analytic", "stands between the projection and", "key")
 class NanToNum(Prologue):
     def norm(self, x, weight):
         return super().norm(x, weight).nan_to_num()
 
 
-@look_alike("proof.rounding")
+@look_alike("proof.rounding", "torch.bfloat16, coarser than the projection's torch.float32", "key, certificate")
 class KeyFakeQuantised(Prologue):
     def norm(self, x, weight):
         return (super().norm(x, weight).bfloat16() * 2).float()
 
 
-@look_alike("region.escapes")
+@look_alike("region.escapes", "lies between the projection and cat, and .* uses it too", "key")
 class NormalisedKeyEscapes(Prologue):
     def forward(self, x, positions, slots, k_cache, v_cache):
         q, k, v = self.split(self.project(x))
@@ -191,18 +203,162 @@ class NormalisedKeyEscapes(Prologue):
         return self.rotate(self.norm(q, self.q_weight), cos, sin), normalised * 2
 
 
+class Steps(Prologue):
+    """Its steps after the split in one place, for those who change their order."""
+
+    def forward(self, x, positions, slots, k_cache, v_cache):
+        q, k, v = self.split(self.project(x))
+        return self.steps(q, k, v, positions, slots, k_cache, v_cache)
+
+    def finish(self, q, k, v, slots, k_cache, v_cache):
+        self.store(k_cache, slots, k)
+        self.store(v_cache, slots, v)
+        return self.consume(q, k, v, k_cache, v_cache)
+
+    def turned(self, x, weight, positions):
+        return self.rotate(self.norm(x, weight), *self.angles(positions))
+
+
+@look_alike("rope.differs", "neox over 16 lanes .* the key neox over 8 lanes", "query")
+class UnequalWidths(Steps):
+    """The query turns whole, the key by half."""
+
+    def steps(self, q, k, v, positions, slots, k_cache, v_cache):
+        half = HEAD_DIM // 2
+        cos, sin = (rows[..., : half // 2] for rows in self.angles(positions))
+        k = self.norm(k, self.k_weight)
+        k = torch.cat([self.rotate(k[..., :half], cos, sin), k[..., half:]], -1)
+        return self.finish(self.turned(q, self.q_weight, positions), k, v, slots, k_cache, v_cache)
+
+
+@look_alike("rope.not_a_rotation", "lane 0 with lane 1; expected partners 8 apart", "key, rotation")
+class PairsLeaveAsHalves(Prologue):
+    """GPT-J's pairs, laid out as halves: a permutation of the lanes."""
+
+    def rotate(self, x, cos, sin):
+        a, b = x[..., 0::2], x[..., 1::2]
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+@look_alike("rope.differs", "the key neox over 16 lanes by columns 0:8:1 of rev", "query")
+class CosineOfAnotherTokenInTheKey(Steps):
+    def steps(self, q, k, v, positions, slots, k_cache, v_cache):
+        cos, sin = self.angles(positions)
+        k = self.rotate(self.norm(k, self.k_weight), cos.flip(0), sin)
+        return self.finish(self.turned(q, self.q_weight, positions), k, v, slots, k_cache, v_cache)
+
+
+@look_alike("rope.query_missing", "no other value is rotated by the angles that rotate", "query")
+class TimeAndHeightSwappedInTheQuery(Steps):
+    def steps(self, q, k, v, positions, slots, k_cache, v_cache):
+        q = self.turned(q, self.q_weight, torch.stack([positions[1], positions[0], positions[2]]))
+        return self.finish(q, self.turned(k, self.k_weight, positions), v, slots, k_cache, v_cache)
+
+
+@look_alike("rope.missing", "between mm and mul_1 no lane", "key, rotation")
+class KeyStoredBeforeTheRotation(Steps):
+    def steps(self, q, k, v, positions, slots, k_cache, v_cache):
+        k = self.norm(k, self.k_weight)
+        self.store(k_cache, slots, k)
+        self.store(v_cache, slots, v)
+        return self.turned(q, self.q_weight, positions).sum(), self.rotate(k, *self.angles(positions))
+
+
+@look_alike("norm.offset", "for zero input the result is up to 1, expected 0", "key, norm")
+class KeyChangedInPlaceBeforeTheStore(Steps):
+    """What attention reads and what is stored differ."""
+
+    def steps(self, q, k, v, positions, slots, k_cache, v_cache):
+        k = self.turned(k, self.k_weight, positions)
+        seen = k.clone()
+        k.add_(1.0)
+        return self.finish(self.turned(q, self.q_weight, positions), k, v, slots, k_cache, v_cache), seen
+
+
+@look_alike("proof.not_analytic", "clamp_max", "key")
+class ClampBeforeAndAfterTheNorm(Prologue):
+    def norm(self, x, weight):
+        return super().norm(x.clamp(-100, 100), weight).clamp(-8, 8)
+
+
+@look_alike("proof.not_analytic", "selects values on the data path and depends on a graph input", "key, operands")
+class RotatedOnlyAtSomePositions(Steps):
+    def steps(self, q, k, v, positions, slots, k_cache, v_cache):
+        later = (positions[0] > 3)[:, None, None]
+        q, k = self.norm(q, self.q_weight), self.norm(k, self.k_weight)
+        q, k = (torch.where(later, self.rotate(x, *self.angles(positions)), x) for x in (q, k))
+        return self.finish(q, k, v, slots, k_cache, v_cache)
+
+
+@look_alike("norm.offset", "for zero input the result is up to 0.00.*, expected 0", "key, norm")
+class AddedAfterTheNorm(Prologue):
+    def norm(self, x, weight):
+        return super().norm(x, weight) + 1e-3
+
+
+@look_alike("norm.offset", "for zero input the result is up to 0.001, expected 0", "key, norm")
+class AddedAfterTheRotation(Prologue):
+    def rotate(self, x, cos, sin):
+        return super().rotate(x, cos, sin) + 1e-3
+
+
+@look_alike("norm.eps", "measures 6.250e-08 .* expected one number of", "key, norm")
+class SumInsteadOfMean(Prologue):
+    def norm(self, x, weight):
+        return x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + EPS) * weight
+
+
+@look_alike("norm.not_rms", "doubling large input neither", "key, norm")
+class RootCubed(Prologue):
+    def norm(self, x, weight):
+        return x * (x.pow(2).mean(-1, keepdim=True) + EPS).pow(-1.5) * weight
+
+
+@look_alike("norm.weight", "holds 2 rows of 16, one a head", "key, rotation")
+class WeightOfEachHead(Prologue):
+    def __init__(self, dtype=torch.float32):
+        super().__init__(dtype)
+        self.q_weight = nn.Parameter(torch.rand(NUM_HEADS, HEAD_DIM))
+        self.k_weight = nn.Parameter(torch.rand(NUM_KV_HEADS, HEAD_DIM))
+
+
+@look_alike("store.scale_inverted", "multiplies by the scale", "key's store")
+class ScaledAfterTheRotation(Prologue):
+    def rotate(self, x, cos, sin):
+        return super().rotate(x, cos, sin) * 1.5
+
+
+@look_alike("rope.not_a_rotation", "the cosine of a lane measures", "key, rotation")
+class RotatedTwice(Prologue):
+    def rotate(self, x, cos, sin):
+        return super().rotate(super().rotate(x, cos, sin), cos, sin)
+
+
+@look_alike("rope.rows", "heads of one token are rotated by different angles", "key, rotation")
+class HeadsRotatedDifferently(Prologue):
+    def rotate(self, x, cos, sin):
+        factor = torch.arange(1, x.shape[1] + 1, dtype=x.dtype)[:, None]
+        return super().rotate(x, cos * factor, sin * factor)
+
+
+@look_alike("split.columns", "not heads of 16 consecutive columns at a constant distance", "query, split")
+class QueriesInGroups(Prologue):
+    """InternLM2: behind each two queries lie their key and value."""
+
+    def split(self, qkv):
+        groups = qkv.view(qkv.shape[0], NUM_KV_HEADS, -1, HEAD_DIM)
+        return groups[:, :, :-2].flatten(1, 2), groups[:, :, -2], groups[:, :, -1]
+
+
 @pytest.mark.parametrize("name", LOOK_ALIKES)
 def test_declined(name):
-    cls, code = LOOK_ALIKES[name]
+    cls, code, says, stage = LOOK_ALIKES[name]
     report = assert_declines(cls(), arguments(), code=code)
-    layer = next(layer for layer in report.declined if layer.code == code)
-    assert layer.reason
-    assert ".py:" in (layer.source or "")
-
-
-def test_norm_over_the_projection_says_what_was_measured():
-    report = assert_declines(NormOverTheProjection(), arguments(), code="norm.not_per_head")
-    assert f"reaches {NUM_KV_HEADS * HEAD_DIM} results, head_dim is {HEAD_DIM}" in str(report)
+    (layer,) = report.declined
+    assert re.search(says, layer.reason)
+    assert layer.stage == stage
+    assert layer.node
+    assert re.search(r"tests/(patterns/test_look_alikes|prologue)\.py:\d+$", layer.source)
 
 
 class LayerNormWrittenOut(Prologue):
@@ -252,6 +408,61 @@ class PositionsClamped(Prologue):
         return super().angles(positions.clamp(3, 20))
 
 
+class AnglesWhereOnPositions(Prologue):
+    def angles(self, positions):
+        cos, sin = super().angles(positions)
+        later = (positions[0] > 3)[:, None, None]
+        return torch.where(later, cos, 1.0), torch.where(later, sin, 0.0)
+
+
+class SlotsClamped(Prologue):
+    def store(self, cache, slots, value):
+        super().store(cache, slots.clamp(0, SLOTS - 1), value)
+
+
+class SineNegated(Prologue):
+    """Turns the other way: by the negated sines, which are rows of their own."""
+
+    def rotate(self, x, cos, sin):
+        return super().rotate(x, cos, -sin)
+
+
+class ValueBiased(Prologue):
+    def split(self, qkv):
+        q, k, v = super().split(qkv)
+        return q, k, v + torch.arange(HEAD_DIM)
+
+
+class ValueChangedInPlace(Prologue):
+    def split(self, qkv):
+        q, k, v = super().split(qkv)
+        self.seen = v.sum()
+        v.add_(1.0)
+        return q, k, v
+
+    def consume(self, *tensors):
+        return super().consume(*tensors), self.seen
+
+
+class ClampOfEachHead(Prologue):
+    """Between the split and the norm."""
+
+    def norm(self, x, weight):
+        return super().norm(x.clamp(-0.1, 0.1), weight)
+
+
+class AnglesScaled(Prologue):
+    """YaRN"""
+
+    def angles(self, positions):
+        return tuple(1.2 * rows for rows in super().angles(positions))
+
+
+class WeightSquared(Prologue):
+    def norm(self, x, weight):
+        return super().norm(x, weight * weight)
+
+
 @pytest.mark.parametrize(
     "cls",
     [
@@ -262,6 +473,14 @@ class PositionsClamped(Prologue):
         ValueScaled,
         ValueClamped,
         PositionsClamped,
+        AnglesWhereOnPositions,
+        SlotsClamped,
+        SineNegated,
+        ValueBiased,
+        ValueChangedInPlace,
+        ClampOfEachHead,
+        AnglesScaled,
+        WeightSquared,
     ],
     ids=lambda cls: cls.__name__,
 )
