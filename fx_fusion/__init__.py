@@ -13,6 +13,7 @@ from fx_fusion.meaning import MeaningHandle, declare_meaning
 from fx_fusion.op import qk_norm_rope_cache
 from fx_fusion.registry import Fusion, Handle, fusions, register_fusion
 from fx_fusion.report import FusionReport, LayerReport, last_report
+from fx_fusion.shipped import QkNormRope, SwiGLU
 from fx_fusion.trace import explain
 from fx_fusion.version import __version__
 from fx_fusion.warm import NotWarm, Warmup, refuse_compilation_in_captures, warmup
@@ -35,7 +36,9 @@ __all__ = [
     "NotFused",
     "NotWarm",
     "OptionError",
+    "QkNormRope",
     "QkNormRopeCache",
+    "SwiGLU",
     "Warmup",
     "__version__",
     "capture_hazards",

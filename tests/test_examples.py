@@ -39,3 +39,10 @@ def test_opaque_operations():
     assert "1 of 1 layers fused" in printed
     assert "assumed: engine::rope_ = __main__.rope_meaning (compared on cpu: " in printed
     assert "query and caches equal eager's" in printed
+
+
+@pytest.mark.slow
+def test_own_fusion():
+    printed = run("own_fusion.py")
+    assert "3 of 3 layers fused" in printed
+    assert "eps 9.999999974752427e-07" in printed and "eps 9.999999747378752e-06" in printed
