@@ -12,7 +12,7 @@ from torch.fx import Node
 from fx_fusion import opset
 from fx_fusion.decline import Decline
 from fx_fusion.evaluate import Arithmetic, evaluate
-from fx_fusion.region import Branch, strip
+from fx_fusion.region import Branch, strip, strip_views
 from fx_fusion.sizes import Sizes
 
 #: Two float64 evaluations of the same analytic function differ by less, relative to the largest value.
@@ -72,8 +72,10 @@ class Frontier(enum.Enum):
 
     ROOTS = "roots"
     """Views, negations, widenings and ``1 + weight`` outside the branch are looked through."""
+    NEGATED_PARTS = "negated parts"
+    """Concatenations too in which a part is negated: ``cat([-sin, sin])`` is made of sin."""
     PARTS = "parts"
-    """Concatenations too: ``cat([-sin, sin])`` is made of sin."""
+    """All concatenations."""
     AS_IS = "as is"
     """Nothing is looked through."""
 
@@ -125,9 +127,19 @@ def _origins(node: Node, frontier: Frontier) -> list[Node]:
         return [strip(part, keep_order=True) for part in root.all_input_nodes]
     if _is_one_plus(root):
         return [strip(root.args[0], keep_order=True)]  # type: ignore[arg-type]
-    if frontier is Frontier.PARTS and root.target in (opset.aten.cat.default, opset.aten.stack.default):
+    if _is_split(root, frontier):
         return [strip(part, keep_order=True) for part in root.all_input_nodes]
     return [root]
+
+
+def _is_split(node: Node, frontier: Frontier) -> bool:
+    if frontier is Frontier.ROOTS or node.target not in (opset.aten.cat.default, opset.aten.stack.default):
+        return False
+    return frontier is Frontier.PARTS or any(_is_negated(part) for part in node.all_input_nodes)
+
+
+def _is_negated(node: Node) -> bool:
+    return strip_views(node).target is opset.aten.neg.default
 
 
 def _is_one_plus(node: Node) -> bool:
