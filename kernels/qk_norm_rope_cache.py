@@ -95,10 +95,16 @@ def qk_norm_rope_cache(
                     head_rows = q_out_rows + (first_head + turn) * HEAD_DIM
                     _store_head(head_rows, live, rotated, 1, 0, 0, HEAD_DIM, ROTARY_DIM, REST_WIDTH, IS_NEOX)
         else:
+            # Loaded here: PyTorch takes a pointer that goes into a function which returns an address for written to.
+            slot = tl.load(slots + _token(batch, slots_batch_stride, seq, slots_token_stride), mask=live, other=0)
+            block = batch
+            if blocks is not None:
+                block = tl.load(
+                    blocks + _token(batch, blocks_batch_stride, seq, blocks_token_stride), mask=live, other=0
+                )
             place, stored = _cache_place(
-                slots, slots_batch_stride, slots_token_stride, blocks, blocks_batch_stride, blocks_token_stride,
-                batch, seq, live, k_num_blocks, k_block_size, k_block_stride, k_slot_stride, k_slot_group_stride,
-                K_SLOT_GROUP, SKIP_NEGATIVE_SLOTS,
+                slot, block, live, k_num_blocks, k_block_size, k_block_stride, k_slot_stride, k_slot_group_stride,
+                K_SLOT_GROUP, SKIP_NEGATIVE_SLOTS, blocks is not None,
             )  # fmt: skip
             k_cache_rows = _bytes(k_cache + k_cache_offset + place, K_FLOAT8)
             for turn in tl.static_range(HEADS):
@@ -113,10 +119,14 @@ def qk_norm_rope_cache(
                         k_lane_stride, k_lane_group_stride, K_LANE_GROUP, HEAD_DIM, ROTARY_DIM, REST_WIDTH, IS_NEOX,
                     )  # fmt: skip
     else:
+        # Loaded here: PyTorch takes a pointer that goes into a function which returns an address for written to.
+        slot = tl.load(slots + _token(batch, slots_batch_stride, seq, slots_token_stride), mask=live, other=0)
+        block = batch
+        if blocks is not None:
+            block = tl.load(blocks + _token(batch, blocks_batch_stride, seq, blocks_token_stride), mask=live, other=0)
         place, stored = _cache_place(
-            slots, slots_batch_stride, slots_token_stride, blocks, blocks_batch_stride, blocks_token_stride,
-            batch, seq, live, v_num_blocks, v_block_size, v_block_stride, v_slot_stride, v_slot_group_stride,
-            V_SLOT_GROUP, SKIP_NEGATIVE_SLOTS,
+            slot, block, live, v_num_blocks, v_block_size, v_block_stride, v_slot_stride, v_slot_group_stride,
+            V_SLOT_GROUP, SKIP_NEGATIVE_SLOTS, blocks is not None,
         )  # fmt: skip
         # Where one tensor holds both caches, it is passed once.
         v_base = k_cache if v_cache is None else v_cache
@@ -283,20 +293,14 @@ def _axis_of_pair(AXES: tl.constexpr, ROTARY_DIM: tl.constexpr):
 
 @triton.jit
 def _cache_place(
-    slots, slots_batch_stride, slots_token_stride, blocks, blocks_batch_stride, blocks_token_stride,
-    batch, seq, live, num_blocks, block_size, block_stride, slot_stride, slot_group_stride,
-    SLOT_GROUP: tl.constexpr, SKIP_NEGATIVE_SLOTS: tl.constexpr,
+    slot, block, live, num_blocks, block_size, block_stride, slot_stride, slot_group_stride,
+    SLOT_GROUP: tl.constexpr, SKIP_NEGATIVE_SLOTS: tl.constexpr, IN_BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Where each token goes, and whether it goes anywhere: never outside the cache."""
-    slot = tl.load(slots + _token(batch, slots_batch_stride, seq, slots_token_stride), mask=live, other=0).to(tl.int64)
+    slot, block = slot.to(tl.int64), block.to(tl.int64)
     if not SKIP_NEGATIVE_SLOTS:
         slot = tl.where(slot < 0, slot + block_size, slot)
-    if blocks is not None:
-        block = tl.load(blocks + _token(batch, blocks_batch_stride, seq, blocks_token_stride), mask=live, other=0)
-        block = block.to(tl.int64)
-        block = tl.where(block < 0, block + num_blocks, block)
-    else:
-        block = batch.to(tl.int64) % num_blocks
+    block = tl.where(block < 0, block + num_blocks, block) if IN_BLOCKS else block % num_blocks
     stored = live & (slot >= 0) & (slot < block_size) & (block >= 0) & (block < num_blocks)
     place = block * block_stride
     if SLOT_GROUP > 0:
