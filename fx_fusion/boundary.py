@@ -66,7 +66,9 @@ def _trial(mutant: Mutant, place: Any, chance: random.Random) -> Trial:
     value = inputs[place]
     if value.is_floating_point():
         name, poke = _float_change(chance)
-        inputs[place] = _with_strides_of(value, poke(value))
+        # PyTorch does no arithmetic in float8.
+        changed = poke(value.float()).to(value.dtype) if value.dtype.itemsize == 1 else poke(value)
+        inputs[place] = _with_strides_of(value, changed)
     else:
         name, inputs[place] = _index_change(value, _landmarks(mutant), chance)
     placeholder = [node for node in mutant.module.graph.nodes if node.op == "placeholder"][place]

@@ -27,6 +27,7 @@ from fx_fusion.placement import (
     check_order,
     check_scales,
     check_sources,
+    check_storage,
 )
 from fx_fusion.region import strip_views
 from fx_fusion.sizes import Sizes, same
@@ -69,6 +70,7 @@ class QkNormRopeCache:
         check_convex(facts, match.operands, match.results)
         for cache in dict.fromkeys(caches):
             check_cache_address(cache)
+        check_storage(caches)
         check_order(stores)
         _check_apart(facts, match)
         check_old_cache(facts, stores, match.operands)

@@ -83,6 +83,7 @@ CODES: dict[str, str] = {
     "placement.transfer": "An operand is copied between CPU and GPU inside the graph, which breaks a capture.",
     "placement.waits": "An operand depends on a value or a size that the host reads back, which breaks a capture.",
     "placement.cache": "The cache is a temporary: it has no stable address.",
+    "placement.shared_storage": "Two caches are views of one tensor at a distance that only a run knows.",
     "report.missing": "The compile cache supplied a graph whose report file is gone.",
     "internal.error": "A reader raised an unexpected exception.",
 }

@@ -180,6 +180,8 @@ def _alike(actual: Tensor, expected: Tensor) -> bool:
     if not expected.is_floating_point():
         return torch.equal(actual, expected)
     a, e = actual.double(), expected.double()
+    if expected.dtype.itemsize == 1:
+        return bool(((a - e).abs() <= _float8_step(expected)).logical_or((a == e) | (a.isnan() & e.isnan())).all())
     close = (a - e).abs() <= 4 * torch.finfo(expected.dtype).eps * _row_scale(e)
     return bool((close | (a == e) | (a.isnan() & e.isnan())).all())
 
@@ -192,10 +194,15 @@ def _difference(actual: Tensor, expected: Tensor, exact: Tensor | None) -> str |
     a, e = actual.double(), expected.double()
     x = e if exact is None or exact.shape != e.shape else torch.where(e.isfinite() & ~exact.isfinite(), e, exact)
     own = torch.where(e.isfinite() & x.isfinite(), (e - x).abs(), 0.0)
-    allowed = UNITS * torch.finfo(expected.dtype).eps * _row_scale(x) + FACTOR * _row_scale(own)
+    if expected.dtype.itemsize == 1:
+        allowed = _float8_step(x.to(expected.dtype)) + FACTOR * own
+    else:
+        allowed = UNITS * torch.finfo(expected.dtype).eps * _row_scale(x) + FACTOR * _row_scale(own)
     allowed = allowed + torch.finfo(expected.dtype).tiny
     right = (a - x).abs() <= allowed
-    right |= ~e.isfinite() & _shows_poison(a)
+    right |= ~e.isfinite() & _shows_poison(
+        a, torch.finfo(expected.dtype).max if expected.dtype.itemsize == 1 else float("inf")
+    )
     if bool(right.all()):
         return None
     at = int((~right).reshape(-1).int().argmax())
@@ -204,13 +211,20 @@ def _difference(actual: Tensor, expected: Tensor, exact: Tensor | None) -> str |
     return f"{value!r} at {[int(i) for i in where]}, the mutant gives {want!r} ({best!r} in float64)"
 
 
-def _shows_poison(actual: Tensor) -> Tensor:
-    """Is there an infinity or a NaN in the element's row?
+def _float8_step(value: Tensor) -> Tensor:
+    """From each number of a float8 to the next: by so much may differ what was nearly equal before it was rounded."""
+    info = torch.finfo(value.dtype)
+    size = torch.where(value.float().isfinite(), value.double().abs(), 0.0).clamp_min(info.smallest_normal)
+    return 1.001 * info.eps * 2.0 ** size.log2().floor()
+
+
+def _shows_poison(actual: Tensor, largest: float) -> Tensor:
+    """Is there an infinity or a NaN in the element's row, or (in a float8) what an infinity is clamped to?
 
     What a norm makes of an infinity is NaN in one lane and zero in the others, or NaN in all, as it is spelled
     (``x + 0 * x`` is ``x`` for numbers only). That the head is spoilt must show; in how many lanes is nobody's promise.
     """
-    spoilt = ~actual.isfinite()
+    spoilt = ~actual.isfinite() | (actual.abs() >= largest)
     return spoilt.any(-1, keepdim=True).expand(actual.shape) if actual.dim() else spoilt
 
 

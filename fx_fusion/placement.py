@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch.fx import Node
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from fx_fusion import opset
 from fx_fusion.decline import Decline
@@ -97,6 +98,17 @@ def check_order(stores: Sequence[Store]) -> None:
         if len({store.base for store in into} & {store.after for store in into}) != len(into) - 1:
             found = f"between the stores of keys and of values, {cache} is stored into by others"
             raise Decline("store.order", found, [store.writer for store in into])
+
+
+def check_storage(caches: Sequence[Node]) -> None:
+    """Two inputs may be views of one tensor. Where the distance between them is symbolic, Inductor may copy one, and
+    count its offset twice as it does.
+    """
+    values = [cache.meta["val"] for cache in dict.fromkeys(caches)]
+    storages = {StorageWeakRef(value.untyped_storage()) for value in values}
+    if len(storages) < len(values) and any(isinstance(value.storage_offset(), torch.SymInt) for value in values):
+        found = f"{' and '.join(map(str, dict.fromkeys(caches)))} are views of one tensor, at symbolic places in it"
+        raise Decline("placement.shared_storage", f"{found}; pass the tensor, or compile for static shapes", caches)
 
 
 def _readers(facts: Facts, base: Node, stores: Sequence[Store]) -> Iterable[Node]:

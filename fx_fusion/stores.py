@@ -22,6 +22,7 @@ from fx_fusion.decline import Decline
 from fx_fusion.facts import Facts, freeze
 from fx_fusion.opset import aten
 from fx_fusion.region import alias_steps, angles_after_projection, strip_aliases, strip_views
+from fx_fusion.sizes import same
 
 
 @dataclass(frozen=True)
@@ -142,9 +143,9 @@ def _without_outsiders(facts: Facts, stores: list[Store], declined: list[Decline
     """Stores of what this graph computed, each value once."""
     kept: list[Store] = []
     seen: dict[int, Store] = {}
-    for store in stores:
+    for store in sorted(stores, key=lambda store: facts.order[store.writer]):
         source = store.value
-        while opset.is_movement(source) or opset.is_cast(source) or opset.is_reinterpretation(source):
+        while _keeps_elements(source):
             source = _node(source.args[0])
         number = facts.value_number(source)
         if source.op == "placeholder":
@@ -159,12 +160,22 @@ def _without_outsiders(facts: Facts, stores: list[Store], declined: list[Decline
     return kept
 
 
+def _keeps_elements(node: Node) -> bool:
+    """Does `node` hold what its input does, all of it, elsewhere or in another dtype?"""
+    if not (opset.is_movement(node) or opset.is_cast(node) or opset.is_reinterpretation(node)):
+        return False
+    after, before = node.meta["val"], _node(node.args[0]).meta["val"]
+    return isinstance(before, torch.Tensor) and same([before.numel()], [after.numel()])
+
+
 def _stores_into(facts: Facts, cache: Node, final: Node) -> list[Store]:
     """The stores that make `final` of `cache`, the first one first. Raises Decline at a step that is no store."""
     found: list[Store] = []
     node = strip_aliases(final)
     while node is not cache:
         store = _read_store(facts, cache, node)
+        if store.base.op in ("placeholder", "get_attr") and store.base is not cache:
+            raise _unknown(cache, store.base)
         if store.base is not cache and not store.scatters and not store.into_slice:
             found_twice = f"{store.writer} stores into all of {cache}, after an earlier store into it"
             raise Decline("store.repeated", found_twice, [store.writer])

@@ -5,7 +5,7 @@ Everything is computed in float32 (float64 for float64 input) and rounded once, 
 
 from __future__ import annotations
 
-import math
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -124,11 +124,12 @@ def lane_axes(axes: Sequence[int], width: int, rotary_dim: int, is_neox: bool) -
     return [*axes, *axes] if is_neox else [axis for axis in axes for _ in range(2)]
 
 
-#: Each float8: the largest magnitude that still rounds to a number, and the byte of what is beyond.
+#: Each float8: which magnitudes are beyond its range, and their byte. Halfway to the next number, ties go to even: that
+#: is the largest number of an e4m3fn, and none of the others.
 FLOAT8_RANGE = {
-    torch.float8_e4m3fn: (464.0, 0x7F),
-    torch.float8_e4m3fnuz: (math.nextafter(248.0, 0.0), 0x80),
-    torch.float8_e5m2: (math.nextafter(61440.0, 0.0), 0x7C),
+    torch.float8_e4m3fn: (operator.gt, 464.0, 0x7F),
+    torch.float8_e4m3fnuz: (operator.ge, 248.0, 0x80),
+    torch.float8_e5m2: (operator.ge, 61440.0, 0x7C),
 }
 
 
@@ -146,9 +147,9 @@ def to_cache(value: Tensor, dtype: torch.dtype, scale: Tensor | float | None, sa
     if saturate:
         return stored
     # Not left to ``Tensor.to``, which saturates in some versions of PyTorch and on some devices.
-    last, beyond = FLOAT8_RANGE[dtype]
+    is_beyond, bound, byte = FLOAT8_RANGE[dtype]
     sign = torch.where(value < 0, 0x80, 0).to(torch.uint8)
-    return torch.where(value.abs() > last, beyond | sign, stored.view(torch.uint8)).view(dtype)
+    return torch.where(is_beyond(value.abs(), bound), byte | sign, stored.view(torch.uint8)).view(dtype)
 
 
 def store(

@@ -237,6 +237,14 @@ def _read_flag(
     raise Decline("store.mask", found, [store.mask.where])
 
 
+def _above(*nodes: Node) -> list[Node]:
+    """The nearest of what `nodes` are computed from, themselves included."""
+    found = list(dict.fromkeys(nodes))
+    for node in found:
+        found += [parent for parent in node.all_input_nodes if parent not in found and len(found) < 64]
+    return found
+
+
 #: Whether a slot is negative, or is not: an operation and the number it compares with.
 _NEGATIVE: tuple[tuple[Any, int], ...] = ((aten.lt.Scalar, 0), (aten.le.Scalar, -1))
 _NOT_NEGATIVE: tuple[tuple[Any, int], ...] = ((aten.ge.Scalar, 0), (aten.gt.Scalar, -1))
@@ -272,7 +280,7 @@ def _clamps_at_zero(node: Node) -> bool:
     return node.target in (aten.clamp_min.default, aten.clamp.default) and node.args[1:] in ((0,), (0, None))
 
 
-def same_slots(key: Addresses, value: Addresses, sizes: Sizes) -> Index | None:
+def same_slots(facts: Facts, key: Addresses, value: Addresses, sizes: Sizes) -> Index | None:
     """The slots that both are stored at, or None if that cannot be shown.
 
     Blocks and slots are shared; how many there are may be two symbols for what is one number.
@@ -285,10 +293,10 @@ def same_slots(key: Addresses, value: Addresses, sizes: Sizes) -> Index | None:
     plain, grouped = (key, value) if key.in_group is None else (value, key)
     if plain.in_group is not None or sized[0] != sized[1]:
         return None
-    return plain.slots if _splits(plain.slots, grouped, sized[0][1], sizes) else None
+    return plain.slots if _splits(facts, plain.slots, grouped, sized[0][1], sizes) else None
 
 
-def _splits(slots: Index, grouped: Addresses, block_size: int, sizes: Sizes) -> bool:
+def _splits(facts: Facts, slots: Index, grouped: Addresses, block_size: int, sizes: Sizes) -> bool:
     """Do the two indices of `grouped` spell the slot, at every slot that a block has, counted from either end?"""
     group, place = grouped.slots, grouped.in_group
     assert place is not None
@@ -297,8 +305,10 @@ def _splits(slots: Index, grouped: Addresses, block_size: int, sizes: Sizes) -> 
     if not slots.per_batch == group.per_batch == place.per_batch:
         return False
     every = torch.arange(-block_size, block_size)
+    # The same slots may be computed once more for the value.
+    alike = (each for each in _above(group.node, place.node) if facts.canonical(each) is slots.node)
     try:
-        found = evaluate([group.node, place.node], {slots.node: every}, sizes, Arithmetic.NATIVE)
+        found = evaluate([group.node, place.node], dict.fromkeys(alike, every), sizes, Arithmetic.NATIVE)
     except Decline:
         return False
     if any(each.shape != every.shape for each in found):

@@ -173,7 +173,7 @@ def read(facts: Facts, candidate: Candidate, memo: Memo) -> Match:
         stored_key = _stored_key(facts, key_store, conversion, key, key_heads, grid, memo)
     with reaching("value's store"):
         stored_value = _stored_value(facts, value_store, stored_key, grid, memo)
-        slots = _same_slots(stored_key, stored_value, sizes)
+        slots = _same_slots(facts, stored_key, stored_value, sizes)
     return Match(
         query=query,
         query_heads=query_heads,
@@ -443,14 +443,15 @@ def _device(store: Store) -> torch.device:
     return store.cache.meta["val"].device
 
 
-def _same_slots(key: Stored, value: Stored, sizes: Sizes) -> Index:
+def _same_slots(facts: Facts, key: Stored, value: Stored, sizes: Sizes) -> Index:
     a, b = key.addresses, value.addresses
-    slots = same_slots(a, b, sizes)
+    slots = same_slots(facts, a, b, sizes)
     if slots is None:
         masked = ["masked" if addresses.stored else "unmasked" for addresses in (a, b)]
-        kinds = masked if masked[0] != masked[1] else ["", ""]
-        found = f"the key is stored {kinds[0]} at {a.slots} of {list(a.size)}, the value {kinds[1]} at {b.slots} of "
-        raise Decline("store.slots_differ", f"{found}{list(b.size)}", [key.store.writer, value.store.writer])
+        kinds = [f", {kind}" if masked[0] != masked[1] else "" for kind in masked]
+        found = f"the key is stored at {a.slots} of {list(a.size)}{kinds[0]}, "
+        found += f"the value at {b.slots} of {list(b.size)}{kinds[1]}"
+        raise Decline("store.slots_differ", found, [key.store.writer, value.store.writer])
     return slots
 
 

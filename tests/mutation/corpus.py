@@ -266,3 +266,100 @@ def opaque_operations() -> Case:
             return self.consume(q, k, v, k_cache, v_cache)
 
     return _plain(Opaque)
+
+
+@case
+def float8_scaled() -> Case:
+    """Bytes of a float8: keys divided by a number, values by a tensor, both bounded to its range."""
+
+    class Float8(Prologue):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("v_scale", torch.tensor([0.04]))
+
+        def forward(self, x, positions, slots, k_cache, v_cache):
+            self.scales = [self.v_scale, 0.003]
+            return super().forward(x, positions, slots, k_cache, v_cache)
+
+        def store(self, cache, slots, value):
+            largest = torch.finfo(cache.dtype).max
+            stored = (value / self.scales.pop()).clamp(-largest, largest).to(cache.dtype)
+            cache.view(torch.uint8)[slots] = stored.view(torch.uint8)
+
+    x, positions, slots, *caches = arguments()
+    return Float8(), (x, positions, slots, *(cache.to(torch.float8_e4m3fn) for cache in caches)), {}
+
+
+@case
+def float8_unbounded_bfloat16() -> Case:
+    class Float8(Prologue):
+        def store(self, cache, slots, value):
+            cache[slots] = (value.float() / 0.01).to(cache.dtype)
+
+    x, positions, slots, *caches = arguments(dtype=torch.bfloat16)
+    return Float8(torch.bfloat16), (x, positions, slots, *(cache.to(torch.float8_e5m2) for cache in caches)), {}
+
+
+@case
+def slice_store() -> Case:
+    class Slice(PerSequence):
+        def store(self, cache, slots, value):
+            cache[:, :, 7 : 7 + value.shape[2]] = value
+
+    return Slice(), per_sequence_cache()[1], {}
+
+
+@case
+def masked_by_block() -> Case:
+    """Negative slots are padding: their block and offset are those of other tokens' rows, and keep what they hold."""
+
+    class Masked(Prologue):
+        def store(self, cache, slots, value):
+            place = (slots // 8, slots % 8)
+            cache[place] = torch.where((slots >= 0)[:, None, None], value, cache[place])
+
+    x, positions, slots, *caches = arguments(cache=(SLOTS // 8, 8, NUM_KV_HEADS, HEAD_DIM))
+    slots[1] = -1
+    return Masked(), (x, positions, slots, *caches), {}
+
+
+@case
+def masked_by_sign() -> Case:
+    class Masked(Prologue):
+        def store(self, cache, slots, value):
+            safe = slots.clamp(min=0)
+            cache[safe] = torch.where((slots >= 0)[:, None, None], value, cache[safe])
+
+    x, positions, slots, *caches = arguments()
+    slots[slots == 0] = SLOTS - 1
+    slots[1] = -1
+    return Masked(), (x, positions, slots, *caches), {}
+
+
+@case
+def shuffle_layout() -> Case:
+    """Keys [blocks, Hk, D / 8, 32, 8], values [blocks, Hk, 32 / 8, D, 8]"""
+
+    class Shuffle(Prologue):
+        def store(self, cache, slots, value):
+            block, offset = slots // 32, slots % 32
+            if cache.shape[3] == HEAD_DIM:
+                cache[block, :, offset // 8, :, offset % 8] = value
+            else:
+                cache[block, :, :, offset] = value.unflatten(-1, (-1, 8))
+
+    x, positions, slots, *_ = arguments()
+    keys = torch.randn(SLOTS // 32, NUM_KV_HEADS, HEAD_DIM // 8, 32, 8)
+    return Shuffle(), (x, positions, slots, keys, torch.randn(SLOTS // 32, NUM_KV_HEADS, 4, HEAD_DIM, 8)), {}
+
+
+@case
+def scattered_into_two_views() -> Case:
+    """Two inputs that are views of one tensor, written by scatter."""
+
+    class Scatter(Prologue):
+        def store(self, cache, slots, value):
+            cache.scatter_(0, slots[:, None, None].expand_as(value), value)
+
+    caches = torch.randn(SLOTS, 2, NUM_KV_HEADS, HEAD_DIM)
+    return Scatter(), (*arguments()[:3], caches[:, 0], caches[:, 1]), {}
