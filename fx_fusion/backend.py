@@ -55,7 +55,7 @@ def fx_fusion(
     else:
         compiled = _compile_inductor(gm, example_inputs, config, mode or config.mode, inductor_options)
     for report in REPORTS.since(before):
-        if report.stores and len(report.fused) < config.require:
+        if report.concerns and len(report.fused) < config.require:
             raise NotFused(config.require, report)
     REPORTS.latest()
     return compiled

@@ -98,6 +98,12 @@ class FusionReport:
         return [layer for layer in self.recognised if layer.eligible.get(kernel, "unknown") is None]
 
     @property
+    def concerns(self) -> bool:
+        """Is there anything in the graph for a fusion to do: a cache store, or a place that a fusion looked at?"""
+        idle = ("store.missing", "report.missing", "graph.training", "graph.disabled")
+        return self.stores > 0 or any(layer.code not in idle for layer in self.layers)
+
+    @property
     def id(self) -> str:
         """Names the report's content."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:24]
@@ -180,7 +186,7 @@ class Reports:
         return self._latest
 
     def _accept(self, report: FusionReport) -> None:
-        if report.stores or self._latest is None or not self._latest.stores:
+        if report.concerns or self._latest is None or not self._latest.concerns:
             self._latest = report
 
     def _load(self, report_id: str) -> FusionReport:

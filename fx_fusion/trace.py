@@ -126,7 +126,7 @@ def _user_name(source: Any, fallback: str) -> str:
 
 def merge(reports: Sequence[FusionReport]) -> FusionReport:
     """One report of several graphs; what is said of graphs without a store only counts if no graph has one."""
-    with_store = [report for report in reports if report.stores] or list(reports)
+    with_store = [report for report in reports if report.concerns] or list(reports)
     names = dict.fromkeys(name for report in with_store for name in report.seconds)
     return FusionReport(
         tuple(layer for report in with_store for layer in report.layers),

@@ -443,3 +443,14 @@ def test_nothing_found_says_how_near_it_came(rms_norm):
     report = run_fused(Norms(eps_outside, layers=1), (torch.randn(3, WIDTH),)).report
     assert "differ by" in report.declined[0].reason
     assert "test_function_fusions.py" in report.declined[0].source
+
+
+def test_require_counts_own_fusions_without_a_store(rms_norm):
+    options = {"fx_fusion.inner": "eager", "fx_fusion.require": 2}
+    x = torch.randn(3, WIDTH)
+    with torch.no_grad():
+        torch.compile(Norms(by_quotient), backend="fx_fusion", options=options)(x)
+        assert len(fx_fusion.last_report().fused) == 2
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match=r"fx_fusion\.require=2, but 0 fused calls"):
+            torch.compile(Norms(eps_outside), backend="fx_fusion", options=options)(x)
