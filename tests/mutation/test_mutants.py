@@ -46,6 +46,10 @@ def _nothing(*_):
     return None
 
 
+def _slots_of_the_key(_, key, *__):
+    return key.addresses.slots
+
+
 NO_PROOF = (rotated_heads, "prove", lambda *_: 0.0)
 NO_CERTIFICATE = (rotated_heads, "certify", _nothing)
 #: What is broken, and which operations are changed to show it. One guard alone is no good: most have a second behind.
@@ -56,7 +60,7 @@ SABOTAGE = {
         [NO_CERTIFICATE, (opset, "is_analytic", lambda node: not opset.is_opaque(node))],
         aten.pow.Tensor_Scalar,
     ),
-    "slots": ([(qk_norm_rope_cache, "_same_slots", _nothing)], aten.index_put.default),
+    "slots": ([(qk_norm_rope_cache, "_same_slots", _slots_of_the_key)], aten.index_put.default),
 }
 
 

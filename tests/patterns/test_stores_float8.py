@@ -403,7 +403,7 @@ def test_a_scale_on_the_cpu_is_no_operand_of_a_gpus_kernel():
     graph = capture(ScaledByATensor(), given(E4M3)).module.graph
     scale, *_, cache = [node for node in graph.nodes if node.op == "placeholder"]
     cache.meta["val"] = dataclasses.make_dataclass("Far", ["device"])(torch.device("cuda"))
-    with pytest.raises(Decline, match=r"placement\.scale_on_device: the scale .* is a tensor on the CPU"):
+    with pytest.raises(Decline, match=r"placement\.scale_on_host: the scale .* is a tensor on the CPU"):
         placement.check_scales([scale], cache)
 
 
