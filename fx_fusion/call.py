@@ -19,6 +19,7 @@ from torch.fx.node import map_aggregate
 from fx_fusion import op
 from fx_fusion.emit import Emitter, value_of
 from fx_fusion.kernels import triton
+from fx_fusion.kernels.cache_layout import as_float8
 from fx_fusion.opset import aten
 
 
@@ -89,7 +90,10 @@ def _insert_triton(
 ) -> Results:
     tensors: dict[str, Node | None] = {**operands, "k_cache": k_cache, "v_cache": v_cache}
     values: list[Any] = [value_of(node) for node in tensors.values()]
-    launch = triton.plan(*values, **options)
+    told = {name: value for name, value in options.items() if name != "float8"}
+    with values[-1].fake_mode:
+        values[-2:] = [as_float8(cache, options.get("float8")) for cache in values[-2:]]
+    launch = triton.plan(*values, **told)
     tensors["q_out"] = _empty_like(emit, operands["q"])
     tensors["k_out"] = _empty_like(emit, operands["k"]) if return_k else None
     if k_cache is v_cache:

@@ -83,3 +83,27 @@ def test_a_symbolic_number_of_tokens_reaches_the_launch(lowered):
     for node in launches(graph):
         assert isinstance(node.kwargs["kwargs"]["num_tokens"], torch.fx.Node)
         assert isinstance(node.kwargs["grid"][0][0], torch.fx.Node)
+
+
+def test_a_cache_of_bytes_reaches_the_launch_as_it_is(lowered):
+    """The kernel writes bytes of a float8; the graph's tensor stays uint8, and no cache is cloned."""
+    from prologue import Prologue, arguments
+
+    class Bytes(Prologue):
+        def store(self, cache, slots, value):
+            cache[slots] = (value / 0.5).to(torch.float8_e4m3fn).view(torch.uint8)
+
+    names = ("x", "positions", "slots", "k_cache", "v_cache")
+    inputs = dict(zip(names, arguments(), strict=True))
+    inputs |= {name: torch.zeros_like(inputs[name], dtype=torch.uint8) for name in names[3:]}
+    graph = lowered(Bytes(), **inputs)
+    (launch,) = launches(graph)
+    constants = kernel_side_table.get_constant_args(launch.kwargs["constant_args_idx"])
+    assert (constants["K_FLOAT8"], constants["V_FLOAT8"], constants["K_SCALE"]) == ("e4m3fn", "e4m3fn", 0.5)
+    assert launch.kwargs["kwargs"]["k_cache"].meta["val"].dtype == torch.uint8
+    size = inputs["k_cache"].numel()
+    assert not [
+        node
+        for node in graph.find_nodes(op="call_function", target=aten.clone.default)
+        if node.meta["val"].numel() == size
+    ]
