@@ -1,8 +1,9 @@
 """One decode step of a whole model: stock torch.compile beside backend="fx_fusion", under CUDA graphs.
 
-    python examples/benchmarks/decode_step.py [--batch 1,8,32,128] [--context 1024] [--layers 36] [--output FOLDER]
+    python examples/benchmarks/decode_step.py [--model qwen3-vl-8b] [--batch 1,8,32,128] [--context 1024] [--layers 36]
 
-The model is examples/qwen3_vl_serving.py at the sizes of Qwen3-VL-8B's text model, in bfloat16, with random weights.
+The model is examples/qwen3_vl_serving.py at the sizes of Qwen3-VL-8B's text model, or of Qwen3-30B-A3B (a token's eight
+experts of 768 as one dense block of 6144), in bfloat16, with random weights.
 Every sequence decodes its `context`-th token. Both variants are the same module, compiled for the very batch size; they
 take turns, so that neither has the warmer GPU. A repeat is the mean of several steps; shown are the median over repeats
 and, in brackets, the distance between the quartiles.
@@ -47,6 +48,12 @@ QWEN3_VL_8B = DecoderConfig(
     vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_layers=36, num_heads=32, num_kv_heads=8,
     head_dim=128, mrope_section=(24, 20, 20),
 )  # fmt: skip
+QWEN3_30B_A3B = DecoderConfig(
+    vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_layers=48, num_heads=32, num_kv_heads=4,
+    head_dim=128, mrope_section=(24, 20, 20),
+)  # fmt: skip
+#: By name, and what the files of each are called.
+MODELS = {"qwen3-vl-8b": (QWEN3_VL_8B, "decode_step"), "qwen3-30b-a3b": (QWEN3_30B_A3B, "decode_step_30b_a3b")}
 TINY = DecoderConfig(
     vocab_size=97, hidden_size=64, intermediate_size=96, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32,
     mrope_section=(6, 5, 5),
@@ -290,16 +297,16 @@ def plot(record: dict[str, Any], path: Path) -> None:
     pyplot.close(figure)
 
 
-def write(record: dict[str, Any], folder: Path) -> None:
+def write(record: dict[str, Any], folder: Path, stem: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "decode_step.json"
+    path = folder / f"{stem}.json"
     record = merged(record, path.read_text() if path.exists() else None)
     path.write_text(json.dumps(record, indent=1) + "\n")
-    (folder / "decode_step.md").write_text(markdown(record))
+    (folder / f"{stem}.md").write_text(markdown(record))
     if importlib.util.find_spec("matplotlib") is None:
-        print("no decode_step.svg: matplotlib is not installed")
+        print(f"no {stem}.svg: matplotlib is not installed")
     else:
-        plot(record, folder / "decode_step.svg")
+        plot(record, folder / f"{stem}.svg")
     print(markdown(record))
 
 
@@ -312,6 +319,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", default="1,8,32,128", type=lambda text: [int(size) for size in text.split(",")])
     parser.add_argument("--context", type=int, default=1024, help="tokens of each sequence")
     parser.add_argument("--layers", type=int, help="fewer than the model has")
+    parser.add_argument("--model", default="qwen3-vl-8b", choices=MODELS)
     parser.add_argument("--tiny", action="store_true", help="a model of a few thousand parameters, to try the script")
     parser.add_argument("--kernel", help="triton, aiter, auto or reference (default: triton, on the CPU reference)")
     parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS)
@@ -332,7 +340,8 @@ def main() -> None:
     arguments = parse()
     device = torch.device(arguments.device)
     torch.manual_seed(0)
-    config = TINY if arguments.tiny else QWEN3_VL_8B
+    config, stem = MODELS[arguments.model]
+    config = TINY if arguments.tiny else config
     config = replace(
         config,
         num_layers=arguments.layers or config.num_layers,
@@ -350,7 +359,7 @@ def main() -> None:
         found = measure(model, size, arguments, device)
         print(f"batch {size}: {json.dumps(found)}", flush=True)
         # Written after each: what is measured is kept if a later one fails.
-        write({**record, "machine": machine_of(device), "batches": {str(size): found}}, arguments.output)
+        write({**record, "machine": machine_of(device), "batches": {str(size): found}}, arguments.output, stem)
 
 
 if __name__ == "__main__":
