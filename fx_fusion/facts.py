@@ -75,7 +75,7 @@ class Facts:
         """A description of `nodes`, given in graph order, and what feeds them, in order of use.
 
         Equal descriptions compute the same of what feeds them: same operations, literals, dtypes, shapes, strides and
-        offsets, and the same arguments are equal values.
+        offsets, and the same arguments are equal values. What is made of literals alone is described by its value.
         """
         numbers: dict[int, int] = {}
         local: dict[Node, int] = {}
@@ -87,7 +87,7 @@ class Facts:
                 if number not in numbers:
                     numbers[number] = len(numbers)
                     feeding.append(parent)
-                    described.append(describe(parent))
+                    described.append(number if opset.is_literal(parent) else describe(parent))
                 local[parent] = numbers[number]
             described.append((node.target, freeze(node.args, local), freeze(node.kwargs, local), describe(node)))
             numbers.setdefault(self.value_number(node), len(numbers))

@@ -15,7 +15,7 @@ After::
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -180,7 +180,7 @@ def read(facts: Facts, candidate: Candidate, memo: Memo) -> Match:
         key=key,
         key_heads=key_heads,
         rope=rope,
-        lookup=trace_lookup(facts, rope, sizes, grid),
+        lookup=_lookup_once(facts, rope, grid, memo),
         key_store=stored_key,
         value_store=stored_value,
         slots=slots,
@@ -285,7 +285,7 @@ def _check_escapes(facts: Facts, branch: Branch) -> None:
 
 
 def _same_rotation(facts: Facts, query: RotatedHeads, key: RotatedHeads) -> Rope:
-    """The key's rotation, its leaves replaced by the first nodes that hold their values."""
+    """The key's rotation, if it is the query's too."""
     ropes = [heads.rope for heads in (query, key)]
     seen = [
         (
@@ -453,6 +453,15 @@ def _same_slots(facts: Facts, key: Stored, value: Stored, sizes: Sizes) -> Index
         found += f"the value at {b.slots} of {list(b.size)}{kinds[1]}"
         raise Decline("store.slots_differ", found, [key.store.writer, value.store.writer])
     return slots
+
+
+def _lookup_once(facts: Facts, rope: Rope, grid: tuple[int, int], memo: Memo) -> Lookup | None:
+    """The lookup behind the rows of `rope`; layers that share the rows share it."""
+    cos, sin = (replace(lanes, leaf=facts.canonical(lanes.leaf)) for lanes in (rope.cos, rope.sin))
+    question = ("lookup", replace(rope, cos=cos, sin=sin), grid)
+    if question not in memo:
+        memo[question] = trace_lookup(facts, rope, facts.sizes[0], grid)
+    return memo[question]
 
 
 def _symbolic_grid(key: Branch, heads: RotatedHeads) -> tuple[int | torch.SymInt, int | torch.SymInt]:

@@ -203,7 +203,18 @@ def test_source_line_is_the_users():
 
 
 @pytest.mark.parametrize(
-    "change", ["nothing", "offset", "dtype", "strides", "storage", "index dtype", "one index twice", "another operand"]
+    "change",
+    [
+        "nothing",
+        "offset",
+        "dtype",
+        "strides",
+        "storage",
+        "index dtype",
+        "one index twice",
+        "another operand",
+        "literal",
+    ],
 )
 def test_structures_are_equal_only_where_the_same_is_computed(change):
     build = Builder()
@@ -219,14 +230,16 @@ def test_structures_are_equal_only_where_the_same_is_computed(change):
         slots = build.input("slots", 2, dtype=torch.int32 if changed == "index dtype" else torch.int64)
         if changed == "another operand":
             cache = value
+        lanes = build(aten.mul.Scalar, build(aten.arange.default, 2), 0 if changed == "literal" else 1)
+        value = build(aten.index.Tensor, value, [None, lanes])
         part = build(aten.slice.Tensor, value, 0, int(changed == "offset"), 2 + int(changed == "offset"))
         indices = [slots, slots] if changed == "one index twice" else [slots]
         source = build(aten.select.int, part, 1, 0) if changed == "one index twice" else part
-        return [part, build(aten.index_put.default, cache, indices, source)]
+        return [value, part, build(aten.index_put.default, cache, indices, source)]
 
     first, second = layer("nothing"), layer(change)
     build.graph.output((first[-1], second[-1]))
     facts = Facts(build.graph)
     (one, fed), (other, _) = facts.structure(first), facts.structure(second)
     assert (one == other) == (change == "nothing")
-    assert [node.name for node in fed] == ["value", "cache", "slots"]
+    assert [node.name for node in fed] == ["value", "mul_scalar", "cache", "slots"]
