@@ -322,8 +322,8 @@ def render(folder: Path) -> None:
         "## Beside `register_replacement` and all of Inductor",
         comparison_table(record["rows"]),
         "The last column is the pass in Inductor's CPU time. `register_replacement` was given one pattern, written for "
-        "this model, of the norm and rotation of q and k. It does not hold the stores, and proves nothing. Where wall and CPU "
-        "seconds differ, the machine was shared.",
+        "this model, of the norm and rotation of q and k. It does not hold the stores, and proves nothing. "
+        "Where wall and CPU seconds differ, the machine was shared.",
         *record.get("notes", []),
     ]
     text = "\n\n".join(parts) + "\n"
