@@ -34,6 +34,9 @@ def read_columns(probe: Probe) -> torch.Tensor:
 
     Exact: element numbers are run through the movement that stands before the first computation.
     """
+    if torch.Size(probe.data_shape).numel() % probe.tokens:
+        found = f"{probe.branch.data} of shape {list(probe.data_shape)} does not hold {probe.tokens} tokens"
+        raise Decline("split.layout", found, [probe.branch.data])
     images = _images(probe)
     values = evaluate(
         images, {probe.branch.data: element_numbers(probe).reshape(probe.data_shape)}, probe.sizes, Arithmetic.MOVE

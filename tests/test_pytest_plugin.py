@@ -43,7 +43,7 @@ def test_unrelated():
 def test_fixture_and_failures(pytester, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     pytester.makepyfile("import fx_fusion\n" + TESTS)
-    result = pytester.runpytest_subprocess("-p", "fx_fusion_pytest", "-p", "no:cacheprovider")
+    result = pytester.runpytest_subprocess("-p", "no:cacheprovider")
     result.assert_outcomes(passed=1, failed=3)
     result.stdout.fnmatch_lines(["*test_shows_the_report*", "*- fx_fusion -*", "*store.missing*"])
     result.stdout.fnmatch_lines(["*fusion_report: nothing was compiled*"])
