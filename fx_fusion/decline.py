@@ -174,7 +174,8 @@ def module_path(node: Node) -> str | None:
     if not stack:
         return None
     path, _ = list(stack.values())[-1]
-    return re.sub(r"^L\['\w+'\]\.?", "", str(path)) or None
+    # A decorated forward may have been entered with the module among its positional arguments.
+    return re.sub(r"^L\['\w+'\](\[\d+\])?\.?", "", str(path)) or None
 
 
 def markdown() -> str:
