@@ -14,7 +14,7 @@ from torch.fx import Node
 
 from fx_fusion.emit import Emitter
 from fx_fusion.opset import aten
-from fx_fusion.sizes import same
+from fx_fusion.sizes import quotient, same
 
 Size = int | torch.SymInt
 Box = tuple[tuple[Size, Size], ...]
@@ -42,17 +42,8 @@ def cut(value: torch.Tensor, dim: int, start: int, end: int) -> Box:
 
 def box_of(base: torch.Tensor, size: Sequence[Size], stride: Sequence[Size], offset: Size) -> Box | None:
     """The part of `base` that ``as_strided(size, stride, offset)`` reads, in order; None if it is no box."""
-    rest = offset - base.storage_offset()
-    starts: list[Size] = []
-    for step in base.stride():
-        if same([rest], [0]):
-            starts.append(0)
-        elif _known(step, rest) and step:
-            starts.append(rest // step)
-            rest = rest % step
-        else:
-            return None
-    if not same([rest], [0]):
+    starts = _starts(base, offset - base.storage_offset())
+    if starts is None:
         return None
     if same(size, base.shape) and same(stride, base.stride()):
         return tuple(zip(starts, base.shape, strict=True)) if not any(starts) else None
@@ -71,6 +62,22 @@ def box_of(base: torch.Tensor, size: Sequence[Size], stride: Sequence[Size], off
             return None
         box.append((start, length))
     return None if pending else tuple(box[::-1])
+
+
+def _starts(base: torch.Tensor, distance: Size) -> list[Size] | None:
+    """The index of the element that lies `distance` after the first one of `base`."""
+    starts: list[Size] = [0] * base.dim()
+    steps = list(enumerate(base.stride()))
+    if _known(*base.stride()):
+        steps.sort(key=lambda step: -step[1])
+    for dim, step in steps:
+        if same([distance], [0]):
+            break
+        times = quotient(distance, step)
+        if times is None:
+            return None
+        starts[dim], distance = times, distance - times * step
+    return starts if same([distance], [0]) else None
 
 
 def _fits(start: Size, length: Size, extent: Size) -> bool:
@@ -103,16 +110,23 @@ def within(inner: Box, outer: Box) -> Box | None:
     return tuple(relative)
 
 
-def take(emit: Emitter, source: Node, box: Box, size: Sequence[Size]) -> Node:
-    """The part `box` of `source`, in shape `size`; always a node of its own."""
+def take(emit: Emitter, source: Node, box: Box, size: Sequence[Size], order: Sequence[int] = ()) -> Node:
+    """The part `box` of `source`, in shape `size`; always a node of its own.
+
+    Args:
+        order: the dimensions of `size` as they follow each other in `source`, if not as they come.
+    """
     for dim, (start, length) in enumerate(box):
         if not same([start, length], [0, source.meta["val"].shape[dim]]):
             source = emit.call(aten.slice.Tensor, source, dim, start, start + length)
-    return emit.call(aten.reshape.default, source, list(map(emit.size, size)))
+    part = emit.call(aten.reshape.default, source, [emit.size(size[dim]) for dim in order or range(len(size))])
+    return emit.call(aten.permute.default, part, [order.index(dim) for dim in range(len(order))]) if order else part
 
 
-def put(emit: Emitter, target: Node, box: Box, value: Node) -> Node:
-    """`target` with `value`, of any shape, in the place of its part `box`."""
+def put(emit: Emitter, target: Node, box: Box, value: Node, order: Sequence[int] = ()) -> Node:
+    """`target` with `value`, of any shape, in the place of its part `box`; the reverse of `take`."""
+    if order:
+        value = emit.call(aten.permute.default, value, list(order))
     cuts = [
         (dim, start, start + length)
         for dim, (start, length) in enumerate(box)

@@ -8,7 +8,7 @@ is described as a view of one of them).
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,11 +33,15 @@ from fx_fusion.emit import value_of
 
 @dataclass(frozen=True)
 class Part:
-    """A written argument: the part `box` of `base`, in shape `size`."""
+    """A written argument: the part `box` of `base`, in shape `size`.
+
+    If its dimensions follow each other otherwise than in `base`, `order` holds them as they do there.
+    """
 
     base: Node
     box: Box
     size: tuple[Any, ...]
+    order: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -127,11 +131,18 @@ def _part(node: Node, name: str, base: Node, view: Any) -> Part:
     size: Any = map_aggregate(tuple(view.size), value_of)
     stride: Any = map_aggregate(tuple(view.stride), value_of)
     offset = value_of(view.storage_offset)
-    found = box_of(value, tuple(size), tuple(stride), offset)
-    if found is None:
-        reason = f"{name} of {node} is no rectangular part of {base}: size {list(size)}, stride {list(stride)}"
-        raise Decline("meaning.views", reason, [node])
-    return Part(base, found, tuple(size))
+    for order in ((), _widest_first(stride)):
+        dims = order or range(len(size))
+        found = box_of(value, [size[dim] for dim in dims], [stride[dim] for dim in dims], offset)
+        if found is not None:
+            return Part(base, found, tuple(size), order)
+    reason = f"{name} of {node} is no rectangular part of {base}: size {list(size)}, stride {list(stride)}"
+    raise Decline("meaning.views", reason, [node])
+
+
+def _widest_first(stride: Sequence[Any]) -> tuple[int, ...]:
+    known = all(isinstance(step, int) for step in stride)
+    return tuple(sorted(range(len(stride)), key=lambda dim: -stride[dim])) if known else ()
 
 
 def _check_disjoint(node: Node, parts: Mapping[str, Part]) -> None:

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from fx_fusion import box as boxes
 from fx_fusion import opset
 from fx_fusion.box import Box
-from fx_fusion.call_forms import OpaqueCall, operation, read_call
+from fx_fusion.call_forms import OpaqueCall, Part, operation, read_call
 from fx_fusion.comparison import COMPARISONS, Comparison
 from fx_fusion.decline import Decline
 from fx_fusion.emit import Emitter, fake_mode_of, value_of
@@ -29,6 +29,7 @@ from fx_fusion.meaning import MEANINGS, Meaning, signature_mismatch
 from fx_fusion.meaning_trace import NoMeaning, TracedMeaning, complete, is_input, trace
 from fx_fusion.meanings import HIDDEN
 from fx_fusion.opset import aten
+from fx_fusion.region import strip_aliases
 from fx_fusion.sizes import Sizes, admissible_sizes
 
 _VIEWS = (aten.view.default, aten._unsafe_view.default)
@@ -48,7 +49,7 @@ class _Expansion:
     meaning: Meaning
     comparison: Comparison
     inserted: list[Node] = field(default_factory=list[Node])
-    results: list[tuple[int, Box | None, Node]] = field(default_factory=list[tuple[int, "Box | None", Node]])
+    results: list[tuple[int, Part | None, Node]] = field(default_factory=list[tuple[int, "Part | None", Node]])
     redirected: list[tuple[Node, Node, Node]] = field(default_factory=list[tuple[Node, Node, Node]])
 
     @property
@@ -150,7 +151,7 @@ class Inlined:
         """Nodes that a rewrite made, and that read what the operation computes, read its results; these nodes."""
         own = set(expansion.inserted)
         changed: list[Node] = []
-        for index, box, now in expansion.results:
+        for index, part, now in expansion.results:
             users = [user for user in now.users if user in live and user not in own]
             if not users:
                 continue
@@ -158,9 +159,9 @@ class Inlined:
                 emit = Emitter(self._graph, expansion.call.node)
                 held = next(iter(expansion.call.result(index)), None)
                 held = held or emit.call(operator.getitem, expansion.call.node, index)
-            if box is not None:
+            if part is not None:
                 with self._graph.inserting_after(held):
-                    held = boxes.take(Emitter(self._graph, held), held, box, now.meta["val"].shape)
+                    held = boxes.take(Emitter(self._graph, held), held, part.box, part.size, part.order)
             for user in users:
                 user.replace_input_with(now, held)
             changed.extend(users)
@@ -251,13 +252,16 @@ def _fake(value: Any) -> Any:
     return pytree.tree_map(value_of, value, is_leaf=lambda each: isinstance(each, Node))
 
 
-def _part_value(part: Any) -> torch.Tensor:
+def _part_value(part: Part) -> torch.Tensor:
     """The view of a base that an operation writes, on fake tensors."""
     value: torch.Tensor = part.base.meta["val"]
     with value.fake_mode:  # type: ignore[attr-defined]
         for dim, (start, length) in enumerate(part.box):
             value = aten.slice.Tensor(value, dim, start, start + length)
-        return aten.view.default(value, part.size)
+        if not part.order:
+            return aten.view.default(value, part.size)
+        moved = aten.view.default(value, [part.size[dim] for dim in part.order])
+        return aten.permute.default(moved, [part.order.index(dim) for dim in range(len(part.order))])
 
 
 def _signature(sample: dict[str, Any]) -> tuple[Any, ...]:
@@ -301,7 +305,7 @@ def _insert(graph: Graph, expansion: _Expansion, traced: TracedMeaning) -> None:
         emit = Emitter(graph, call.node)
         given: dict[str, Any] = dict(call.arguments)
         for name, part in call.parts.items():
-            given[name] = boxes.take(emit, part.base, part.box, part.size)
+            given[name] = boxes.take(emit, part.base, part.box, part.size, part.order)
         inputs = [leaf for leaf in _leaves(complete(call.op, given)) if is_input(value_of(leaf))]
         values = _splice(graph, emit, call, traced, inputs)
         outputs = [_own(emit, values.get(out), inputs) for out in traced.outputs]
@@ -365,8 +369,8 @@ def _put_back(expansion: _Expansion, emit: Emitter, written: dict[str, Node | No
         for name, part in call.parts.items():
             new = written[name]
             if part.base is base and new is not None:
-                value = boxes.put(emit, value, part.box, new)
-                expansion.results.append((call.first_written + i, part.box, new))
+                value = boxes.put(emit, value, part.box, new, part.order)
+                expansion.results.append((call.first_written + i, part, new))
         _lead(expansion, call.first_written + i, value)
 
 
@@ -384,10 +388,13 @@ def _forward_reads(graph: Graph, expansion: _Expansion) -> None:
     """Whoever reads a part of a tensor that was written to elsewhere reads the part itself.
 
     The value columns of a packed projection do not change when query and key are rotated in place; and the rotated
-    query is what was written, not the tensor that it was written into.
+    query is what was written, not the tensor that it was written into. Of an input, a cache, nobody needs to know more
+    than which value of it is read.
     """
     for scatter in _scatters(expansion):
         links, root = boxes.chain(scatter)
+        if strip_aliases(root).op in ("placeholder", "get_attr"):
+            continue
         whole: torch.Tensor = scatter.meta["val"]
         stack: list[tuple[Node, Any, list[Node]]] = [(scatter, whole, [])]
         while stack:

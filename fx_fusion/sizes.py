@@ -16,6 +16,8 @@ from fx_fusion.decline import Decline
 #: layout that mixes two dimensions up cannot look right at all of them.
 _CANDIDATES = (3, 5, 2, 7, 4, 8, 16, 64)
 
+_LARGE = sympy.Integer(1 << 20)
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -44,6 +46,17 @@ class Sizes:
 def same(a: Sequence[int | torch.SymInt], b: Sequence[int | torch.SymInt]) -> bool:
     """Are two lists of sizes equal, as far as their expressions show? Comparing SymInts directly would add a guard."""
     return [_expression(size) for size in a] == [_expression(size) for size in b]
+
+
+def quotient(a: int | torch.SymInt, b: int | torch.SymInt) -> int | None:
+    """``a // b`` where all symbols are large: if it is one number whatever they stand for, this one."""
+    large_a, large_b = (_at_large(_expression(size)) for size in (a, b))
+    return large_a // large_b if large_b else None
+
+
+def _at_large(expression: sympy.Expr) -> int:
+    value: Any = expression.xreplace(dict.fromkeys(expression.free_symbols, _LARGE))
+    return int(value)
 
 
 def _expression(size: int | torch.SymInt) -> sympy.Expr:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,7 +39,8 @@ class Store:
     """``writer`` puts ``value`` into ``view``, a view of the graph input ``cache``, which is then updated in place.
 
     Where the view is but a part of the cache (keys and values, or several layers, in one tensor), ``scatters`` put the
-    part back, the innermost first.
+    part back, the innermost first. An operation that writes two parts at once takes both out before it puts the first
+    one back: then the view is of an earlier value of the cache, and ``since`` tells what was stored in the meantime.
     """
 
     cache: Node
@@ -48,11 +49,12 @@ class Store:
     value: Node
     scatters: tuple[Node, ...] = ()
     mask: Mask | None = None
+    since: tuple[Store, ...] = ()
 
     @property
     def base(self) -> Node:
         """The cache's value before this store: ``cache`` itself, or what an earlier store left."""
-        return strip_aliases(self.view)
+        return strip_aliases(self.scatters[-1].args[0] if self.scatters else self.view)
 
     @property
     def after(self) -> Node:
@@ -61,8 +63,8 @@ class Store:
 
     @property
     def views(self) -> list[Node]:
-        """The steps from ``base`` to ``view``."""
-        return alias_steps(self.base, self.view)
+        """The steps from ``base``, or an earlier value of the cache, to ``view``."""
+        return alias_steps(strip_aliases(self.view), self.view)
 
     @property
     def into_slice(self) -> bool:
@@ -181,7 +183,15 @@ def _stores_into(facts: Facts, cache: Node, final: Node) -> list[Store]:
             raise Decline("store.repeated", found_twice, [store.writer])
         found.append(store)
         node = store.base
-    return found[::-1]
+    found.reverse()
+    return [replace(store, since=_since(store, found[:i])) for i, store in enumerate(found)]
+
+
+def _since(store: Store, earlier: Sequence[Store]) -> tuple[Store, ...]:
+    """Of `earlier`, the stores before `store` in order, those that its view does not see."""
+    seen = strip_aliases(store.view)
+    first = next((i for i, other in enumerate(earlier) if other.base is seen), len(earlier))
+    return tuple(earlier[first:])
 
 
 def _read_store(facts: Facts, cache: Node, node: Node) -> Store:
@@ -189,7 +199,7 @@ def _read_store(facts: Facts, cache: Node, node: Node) -> Store:
     writer = node
     while writer.target in SCATTERS:
         inner = strip_aliases(writer.args[1])
-        if not _writes(inner) or strip_aliases(inner.args[0]) is not strip_aliases(writer.args[0]):
+        if not _writes(inner) or not _was(strip_aliases(writer.args[0]), strip_aliases(inner.args[0])):
             break
         scatters.append(writer)
         writer = inner
@@ -205,6 +215,13 @@ def _read_store(facts: Facts, cache: Node, node: Node) -> Store:
         found = f"{scatters[0]} puts what {writer} stored into another tensor than it was taken from"
         raise Decline("store.cache_not_viewable", found, [scatters[0]])
     return _read_mask(facts, store)
+
+
+def _was(value: Node, earlier: Node) -> bool:
+    """Is `earlier` what the tensor `value` is, or was before something was stored into it?"""
+    while value is not earlier and _writes(value):
+        value = strip_aliases(value.args[0])
+    return value is earlier
 
 
 def _writes(node: Node) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from fx_fusion.evaluate import Arithmetic, evaluate
 from fx_fusion.facts import Facts
 from fx_fusion.kernels.cache_layout import CacheLayout, Size
 from fx_fusion.opset import aten
+from fx_fusion.overlap import may_overlap
 from fx_fusion.patterns.split import Heads
 from fx_fusion.region import alias_steps, strip_views
 from fx_fusion.sizes import Sizes, same
@@ -111,6 +112,7 @@ def read_addresses(
     """
     _check_writer(store)
     _check_view(store, sizes)
+    _check_unchanged(store, facts.sizes)
     written = _slice_written(store, sizes) if store.into_slice else _written_at_indices(store, sizes)
     like = next(iter((*written.plain.values(), *(number for _, number in written.indexed.values()))))
     elements = _as_stored(store, elements, like)
@@ -331,8 +333,7 @@ def _check_view(store: Store, sizes: Sizes) -> None:
     scatter puts back must be the part that was taken out.
     """
     base: torch.Tensor = store.base.meta["val"]
-    strides = [sizes.concrete(stride) for stride in base.stride()]
-    whole = torch.empty_strided(sizes.shape(base), strides, dtype=base.dtype, device="meta")
+    whole = _whole(store, sizes)
     if any(node.target is aten.view.dtype and not opset.is_reinterpretation(node) for node in store.views):
         raise Decline("store.cache_not_viewable", f"{store.view} has elements of another size", [store.view])
     if base.storage_offset() and any(node.target is aten.as_strided.default for node in store.views):
@@ -354,10 +355,51 @@ def _check_view(store: Store, sizes: Sizes) -> None:
         put_back = _replay(part, alias_steps(node, scatter.args[1]), sizes)
         part, node = _replay(whole, store.part(scatter), sizes), scatter
         taken: torch.Tensor = SCATTERS[scatter.target](part, *_concrete(scatter.args[2:], sizes))
-        places = [(each.shape, each.stride(), each.storage_offset()) for each in (taken, put_back)]
-        if places[0] != places[1]:
+        if _place(taken) != _place(put_back):
             found = f"{scatter} puts back another part of the cache than {store.view} is"
             raise Decline("store.cache_not_viewable", found, [scatter])
+
+
+def _place(value: torch.Tensor) -> tuple[Any, ...]:
+    """Which elements, in which order: where there is but one in a dimension, its stride says nothing."""
+    steps = [stride for size, stride in zip(value.shape, value.stride(), strict=True) if size != 1]
+    return value.shape, steps, value.storage_offset()
+
+
+def _check_unchanged(store: Store, admissible: Sequence[Sizes]) -> None:
+    """What was stored since the view was taken out of the cache must not be put back to what it was."""
+    for sizes in admissible if store.since else ():
+        view = _replay(_whole(store, sizes), store.views, sizes)
+        for other in store.since:
+            changed = _changed(other, sizes)
+            if may_overlap(_dims(view), view.storage_offset(), _dims(changed), changed.storage_offset()):
+                found = f"{store.writer} writes into {store.view}, which {other.writer} may have stored into since"
+                raise Decline("store.overlap", found, [store.writer, other.writer])
+
+
+def _changed(store: Store, sizes: Sizes) -> torch.Tensor:
+    """All that `store` may change of its cache, on strides alone."""
+    scatter = store.scatters[0] if store.scatters else store.writer
+    steps = store.part(scatter) if store.scatters else store.views
+    part = _replay(_whole(store, sizes), steps, sizes)
+    return SCATTERS[scatter.target](part, *_concrete(scatter.args[2:], sizes)) if scatter.target in SCATTERS else part
+
+
+def _dims(value: torch.Tensor) -> list[tuple[int, int]]:
+    """(size, stride), the widest stride first; neighbours that are one dimension in memory are one here."""
+    found: list[tuple[int, int]] = []
+    for size, stride in sorted(zip(value.shape, value.stride(), strict=True), key=lambda dim: -dim[1]):
+        if found and found[-1][1] == size * stride:
+            size *= found.pop()[0]
+        found.append((size, stride))
+    return found
+
+
+def _whole(store: Store, sizes: Sizes) -> torch.Tensor:
+    """The cache on strides alone."""
+    base: torch.Tensor = store.base.meta["val"]
+    strides = [sizes.concrete(stride) for stride in base.stride()]
+    return torch.empty_strided(sizes.shape(base), strides, dtype=base.dtype, device="meta")
 
 
 def _replay(value: Any, steps: list[Node], sizes: Sizes) -> Any:
@@ -505,10 +547,7 @@ def _slice_written(store: Store, sizes: Sizes) -> _Written:
 
 def _check_slice(store: Store, written: _Written, sizes: Sizes) -> None:
     """PyTorch's own slice of strides alone is where the arithmetic above says."""
-    base: torch.Tensor = store.base.meta["val"]
-    strides = [sizes.concrete(stride) for stride in base.stride()]
-    whole = torch.empty_strided(sizes.shape(base), strides, dtype=base.dtype, device="meta")
-    view = _replay(whole, store.views, sizes)
+    view = _replay(_whole(store, sizes), store.views, sizes)
     part = SCATTERS[store.writer.target](view, *_concrete(store.writer.args[2:], sizes))
     expected = [[sizes.concrete(n) for n in each] for each in (written.size, written.stride, (written.offset,))]
     if expected != [list(part.shape), list(part.stride()), [part.storage_offset()]]:
