@@ -42,6 +42,7 @@ def parts(facts: Facts, match: Match) -> dict[Node, Part]:
         ("v", match.value_store.data, match.value_store),
     ):
         found |= _store_parts(facts, name, out, stored)
+    found |= _joint_parts(match)
     if match.lookup is not None:
         found |= _lookup_parts(facts, match, match.lookup)
     found |= dict(_operand_parts(match))
@@ -97,13 +98,25 @@ def _comes_from(facts: Facts, origin: Node | None, node: Node) -> bool:
 
 def _store_parts(facts: Facts, name: str, out: Node, stored: Stored) -> dict[Node, Part]:
     store = stored.store
-    tail = [node for node in facts.between(out, [store.writer]) if node is not out]
+    steps = [*store.steps_from(facts, out), *facts.between(store.value, [store.writer])]
+    tail = [node for node in steps if node is not out]
     role = "store" if name == "k" else "split"
     found = {node: Part(role, name) for node in tail}
     found |= {node: Part("store", name) for node in (*store.views, *store.scatters)}
     size = ", ".join(map(str, stored.addresses.size))
     found[store.writer] = Part("store", name, f"stores {name} into [{size}] {_address_words(stored)}")
     return found
+
+
+def _joint_parts(match: Match) -> Iterator[tuple[Node, Part]]:
+    """What keys and values go through together."""
+    key, value = match.key_store, match.value_store
+    if key.store.join is None:
+        return
+    for node in (key.store.join.node, *key.store.join.after, *key.store.views, *key.store.scatters):
+        yield node, Part("store")
+    words = [f"{name} into [{', '.join(map(str, each.addresses.size))}]" for name, each in (("k", key), ("v", value))]
+    yield key.store.writer, Part("store", "", f"stores {' and '.join(words)} {_address_words(key)}")
 
 
 def _address_words(stored: Stored) -> str:

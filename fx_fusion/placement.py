@@ -94,7 +94,7 @@ def check_old_cache(facts: Facts, stores: Sequence[Store], operands: Sequence[No
 def check_order(stores: Sequence[Store]) -> None:
     """A call stores keys and values at once: nothing may have been stored in between."""
     for cache in dict.fromkeys(store.cache for store in stores):
-        into = [store for store in stores if store.cache is cache]
+        into = list({store.writer: store for store in stores if store.cache is cache}.values())
         if len({store.base for store in into} & {store.after for store in into}) != len(into) - 1:
             found = f"between the stores of keys and of values, {cache} is stored into by others"
             raise Decline("store.order", found, [store.writer for store in into])

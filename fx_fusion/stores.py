@@ -35,12 +35,25 @@ class Mask:
 
 
 @dataclass(frozen=True)
+class Join:
+    """``node`` joins two values that are stored at once; a store's own is the one at `position`.
+
+    `after` are the steps that convert what was joined.
+    """
+
+    node: Node
+    position: int
+    after: frozenset[Node]
+
+
+@dataclass(frozen=True)
 class Store:
     """``writer`` puts ``value`` into ``view``, a view of the graph input ``cache``, which is then updated in place.
 
     Where the view is but a part of the cache (keys and values, or several layers, in one tensor), ``scatters`` put the
     part back, the innermost first. An operation that writes two parts at once takes both out before it puts the first
     one back: then the view is of an earlier value of the cache, and ``since`` tells what was stored in the meantime.
+    Where keys and values are joined into one ``value``, each is a store of its own.
     """
 
     cache: Node
@@ -50,6 +63,17 @@ class Store:
     scatters: tuple[Node, ...] = ()
     mask: Mask | None = None
     since: tuple[Store, ...] = ()
+    join: Join | None = None
+
+    @property
+    def own(self) -> Node:
+        """The value, or of a join this store's part of it."""
+        return joined(self.join.node)[self.join.position] if self.join else self.value
+
+    @property
+    def others(self) -> list[Node]:
+        """What is joined with the store's own part."""
+        return [part for part in joined(self.join.node) if part is not self.own] if self.join else []
 
     @property
     def base(self) -> Node:
@@ -80,6 +104,12 @@ class Store:
             steps.append(_node(self.value if self.mask and steps[-1] is self.mask.where else source))
         return steps[:-1]
 
+    def steps_from(self, facts: Facts, source: Node) -> list[Node]:
+        """The steps from `source`, on the way to the store's own part, to the value."""
+        if self.join is None:
+            return facts.between(source, [self.value])[1:]
+        return facts.between(source, [self.own])[1:] + facts.between(self.join.node, [self.value])
+
     def part(self, scatter: Node) -> list[Node]:
         """The steps from ``base`` to the part of it that `scatter` changes a part of."""
         return alias_steps(self.base, _node(scatter.args[0]))
@@ -99,6 +129,7 @@ _ADDERS = frozenset(
         aten.scatter_reduce.two,
     }
 )  # fmt: skip
+_JOINS = (aten.cat.default, aten.stack.default)
 _INTEGER_CACHES = (torch.uint8, torch.int8)
 
 
@@ -128,6 +159,11 @@ def find_stores(facts: Facts) -> tuple[list[Store], list[Decline]]:
             continue
         stores.extend(chain)
     return _without_outsiders(facts, stores, declined), declined
+
+
+def joined(node: Node) -> list[Node]:
+    """What `node` joins; empty if it joins nothing."""
+    return list(node.args[0]) if node.op == "call_function" and node.target in _JOINS else []  # type: ignore[arg-type]
 
 
 def stored_dtype(store: Store) -> torch.dtype:
@@ -296,7 +332,7 @@ def pair_stores(facts: Facts, stores: Sequence[Store]) -> tuple[list[tuple[Store
         carried[node].update(dict.fromkeys(tags))
 
     for i, store in enumerate(stores):
-        visit(store.value, [i])
+        visit(store.own, [i])
     pairs: list[tuple[Store, Store, Node]] = []
     met: set[int] = set()
     while heap:
@@ -316,13 +352,13 @@ def pair_stores(facts: Facts, stores: Sequence[Store]) -> tuple[list[tuple[Store
 
 def tell_key_from_value(facts: Facts, a: Store, b: Store, origin: Node) -> tuple[Store, Store]:
     """The key is rotated: more tensors besides the data feed it. Raises Decline if neither or both could be."""
-    wide_a, wide_b = (angles_after_projection(facts, origin, store.value) for store in (a, b))
+    wide_a, wide_b = (angles_after_projection(facts, origin, store.own) for store in (a, b))
     if wide_a == wide_b:
         found = (
-            f"{a.value} and {b.value} are both fed by {wide_a} tensors besides their data; "
+            f"{a.own} and {b.own} are both fed by {wide_a} tensors besides their data; "
             "expected a rotated key and a copied value"
         )
-        raise Decline("rope.missing" if wide_a == 0 else "split.v_not_copied", found, [a.value, b.value])
+        raise Decline("rope.missing" if wide_a == 0 else "split.v_not_copied", found, [a.own, b.own])
     return (a, b) if wide_a > wide_b else (b, a)
 
 

@@ -107,7 +107,8 @@ def read_addresses(
     """Where `store` puts what.
 
     Args:
-        elements: of the stored value's shape; ``(token * num_heads + head) * head_dim + lane`` of each element.
+        elements: of the stored value's shape; ``(token * num_heads + head) * head_dim + lane`` of each element, -1 for
+            one of another value that is joined with it.
         grid: (batch, seq) at `sizes`.
     """
     _check_writer(store)
@@ -116,14 +117,39 @@ def read_addresses(
     written = _slice_written(store, sizes) if store.into_slice else _written_at_indices(store, sizes)
     like = next(iter((*written.plain.values(), *(number for _, number in written.indexed.values()))))
     elements = _as_stored(store, elements, like)
+    own = elements >= 0
+    if store.join is not None:
+        written, elements = _own_part(store, written, own, sizes), elements[own]
     _check_complete(store, elements, heads, grid)
     token = elements // (heads.head_dim * heads.num_heads)
     places = _read_places(store, written, elements, heads, grid)
     found = _address(store, written, places, token, heads, grid)
     canonical = {name: _canonical(facts, getattr(found, name)) for name in ("slots", "blocks", "in_group")}
     found = replace(found, **canonical)
-    flag = _read_flag(facts, store, like, token, sizes, grid)
+    flag = _read_flag(facts, store, own, token, sizes, grid)
     return _by_sign(facts, found, flag) if flag is not None else found
+
+
+def _own_part(store: Store, written: _Written, own: torch.Tensor, sizes: Sizes) -> _Written:
+    """The part of the region that takes the elements marked in `own`, numbered from its own beginning."""
+    size, stride, offset, plain = list(written.size), list(written.stride), written.offset, dict[int, torch.Tensor]()
+    for dim, coordinate in written.plain.items():
+        places = coordinate[own].unique()
+        first, step = int(places[0]), int(places[1] - places[0]) if len(places) > 1 else 1
+        plain[dim] = (coordinate[own] - first).div(step, rounding_mode="floor")
+        even = bool((places.diff() == step).all())
+        if even and (first, step) == (0, 1) and (len(places) > 1 or not isinstance(size[dim], int)):
+            continue
+        if not even or not isinstance(size[dim], int):
+            found = f"{store.join and store.join.node} takes turns in dimension {dim} of {store.view}"
+            raise Decline("store.layout", f"{found}; expected keys and values at constant distances", [store.writer])
+        offset, size[dim], stride[dim] = offset + first * stride[dim], len(places), stride[dim] * step
+    for node, number in written.indexed.values():
+        if len(number[own].unique()) != torch.Size(sizes.shape(node.meta["val"])).numel():
+            found = f"{node} holds the places of keys and of values, one after the other; expected one index a token"
+            raise Decline("store.index", found, [store.writer])
+    indexed = {dim: (node, number[own]) for dim, (node, number) in written.indexed.items()}
+    return _Written(tuple(size), tuple(stride), offset, plain, indexed)
 
 
 def _canonical(facts: Facts, index: Index | None) -> Index | None:
@@ -223,7 +249,7 @@ def _address(
 
 
 def _read_flag(
-    facts: Facts, store: Store, like: torch.Tensor, token: torch.Tensor, sizes: Sizes, grid: tuple[int, int]
+    facts: Facts, store: Store, own: torch.Tensor, token: torch.Tensor, sizes: Sizes, grid: tuple[int, int]
 ) -> Flag | None:
     if store.mask is None:
         return None
@@ -231,9 +257,9 @@ def _read_flag(
     shape = sizes.shape(root.meta["val"])
     numbers = torch.arange(torch.Size(shape).numel()).reshape(shape)
     moved = evaluate([store.mask.flag], {root: numbers}, sizes, Arithmetic.MOVE)[0]
-    if root.meta["val"].dtype == torch.bool and torch.broadcast_shapes(moved.shape, like.shape) == like.shape:
+    if root.meta["val"].dtype == torch.bool and torch.broadcast_shapes(moved.shape, own.shape) == own.shape:
         for per_batch, number in ((True, token), (grid[0] == 1, token % grid[1])):
-            if bool((moved.expand(like.shape) == number).all()):
+            if bool((moved.expand(own.shape)[own] == number.reshape(-1)).all()):
                 return Flag(Index(facts.canonical(root), per_batch), store.mask.inverted)
     found = f"{store.mask.flag} does not hold one truth value per token: parts of a token would be stored"
     raise Decline("store.mask", found, [store.mask.where])

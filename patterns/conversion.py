@@ -85,9 +85,13 @@ class Conversion:
 def read_conversion(store: Store, *, keep_rows: bool = False) -> Conversion:
     """Back from what `store` writes to a value that is neither cast, clamped nor scaled.
 
-    With `keep_rows`, no further back than where rows are dropped.
+    With `keep_rows`, no further back than where rows are dropped. Of what is joined, back through the store's own part.
     """
-    strip = functools.partial(strip_views, keep_rows=keep_rows)
+
+    def strip(node: Any) -> Node:
+        node = strip_views(node, keep_rows=keep_rows)
+        return strip(store.own) if store.join and node is store.join.node else node
+
     node, dtype = strip(store.value), stored_dtype(store)
     reinterpreted: list[Step] = []
     while opset.is_reinterpretation(node):
@@ -171,11 +175,14 @@ def _exact_inverse(number: float) -> float | None:
 def moved_elements(
     store: Store, steps: tuple[Step, ...], source: Node, numbers: torch.Tensor, sizes: Sizes
 ) -> torch.Tensor:
-    """The element numbers of `source` as they arrive in the stored value, through movement and `steps` alone."""
+    """The element numbers of `source` as they arrive in the stored value, through movement and `steps` alone; -1 where
+    what the store's own part is joined with arrives.
+    """
+    others = {other: torch.full(sizes.shape(other.meta["val"]), -1) for other in store.others}
     for step in reversed(steps):
-        numbers = evaluate([step.operand], {source: numbers}, sizes, Arithmetic.MOVE)[0]
+        numbers = evaluate([step.operand], {**others, source: numbers}, sizes, Arithmetic.MOVE)[0]
         source = step.node
-    return evaluate([store.value], {source: numbers}, sizes, Arithmetic.MOVE)[0]
+    return evaluate([store.value], {**others, source: numbers}, sizes, Arithmetic.MOVE)[0]
 
 
 def check_scale(scale: Scale, dtype: torch.dtype) -> float | Node:

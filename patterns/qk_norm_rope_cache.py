@@ -38,6 +38,7 @@ from fx_fusion.patterns.conversion import (
     ways_to_copy,
 )
 from fx_fusion.patterns.cos_sin_table import Lookup, trace_lookup
+from fx_fusion.patterns.joint_store import take_apart
 from fx_fusion.patterns.mrope import Rope
 from fx_fusion.patterns.rotated_heads import RotatedHeads, read_rotated_heads
 from fx_fusion.patterns.split import Heads, expected_columns, read_heads
@@ -147,10 +148,8 @@ class Match:
 def find(facts: Facts) -> tuple[list[Candidate], list[Decline]]:
     """Candidates in graph order, and what can be no candidate."""
     stores, declined = find_stores(facts)
-    pairs, single = pair_stores(facts, stores)
-    for store in single:
-        found = f"{store.writer} stores into {store.cache}, and no other store has its value from the same projection"
-        declined.append(Decline("store.unpaired", found, [store.writer]))
+    pairs, unpaired = take_apart(facts, *pair_stores(facts, stores))
+    declined += unpaired
     rotations = Rotations(facts)
     return [Candidate((a, b), origin, rotations) for a, b, origin in pairs], declined
 
@@ -161,7 +160,7 @@ def read(facts: Facts, candidate: Candidate, memo: Memo) -> Match:
         key_store, value_store = tell_key_from_value(facts, *candidate.stores, candidate.origin)
         conversion = read_conversion(key_store)
     with reaching("key"):
-        key, key_heads = _read_key(facts, conversion, candidate.origin, memo)
+        key, key_heads = _read_key(facts, key_store, conversion, candidate.origin, memo)
     with reaching("query"):
         query, query_heads = _read_query(facts, candidate.rotations, key, value_store, memo)
         rope = _same_rotation(facts, query_heads, key_heads)
@@ -191,12 +190,15 @@ def read(facts: Facts, candidate: Candidate, memo: Memo) -> Match:
     )
 
 
-def _read_key(facts: Facts, conversion: Conversion, origin: Node, memo: Memo) -> tuple[Branch, RotatedHeads]:
+def _read_key(
+    facts: Facts, store: Store, conversion: Conversion, origin: Node, memo: Memo
+) -> tuple[Branch, RotatedHeads]:
     """The rotated key: what is stored, before it is moved, scaled and converted for the store.
 
     A cache may be narrower or wider than the model; the key leaves the rotation in the projection's dtype.
     """
-    values = [node for node in conversion.values if node is not origin] or [conversion.value]
+    values = [node for node in conversion.values if node is not origin and not _is_joint(store, node)]
+    values = values or [conversion.value]
     values.sort(key=lambda value: value.meta["val"].dtype != origin.meta["val"].dtype)
     return _furthest(_attempts(facts, origin, values, memo))
 
@@ -204,7 +206,7 @@ def _read_key(facts: Facts, conversion: Conversion, origin: Node, memo: Memo) ->
 def _read_query(
     facts: Facts, rotations: Rotations, key: Branch, value_store: Store, memo: Memo
 ) -> tuple[Branch, RotatedHeads]:
-    outs, origin = rotations.find_query(key, value_store.value)
+    outs, origin = rotations.find_query(key, value_store.own)
     return _furthest(_attempts(facts, origin, outs, memo))
 
 
@@ -342,7 +344,11 @@ def _stored_value(facts: Facts, store: Store, key: Stored, grid: tuple[int, int]
     """The value's store, in the first way that a kernel can copy it in, and that suits the key's store."""
     conversion = read_conversion(store, keep_rows=True)
     saturate = saturates(conversion, _device(store))
-    ways = [way for way in ways_to_copy(conversion) if _dtype(way.data) == _dtype(key.data)]
+    ways = [
+        way
+        for way in ways_to_copy(conversion)
+        if _dtype(way.data) == _dtype(key.data) and not _is_joint(store, way.data)
+    ]
     if not ways:
         scale = conversion.scale and check_scale(conversion.scale, _dtype(key.data))
         found = f"{conversion.value} is {_dtype(conversion.value)}, the key {_dtype(key.data)}; scaled by {scale}"
@@ -407,12 +413,13 @@ def _stored_once(
     """
     if store.scatters or store.mask or store.writer.target not in _PLAIN_WRITERS:
         return read()
-    steps = [*facts.between(source, [store.value])[1:], *store.views, store.writer]
+    steps = [*store.steps_from(facts, source), *store.views, store.writer]
     structure, feeding = facts.structure(steps)
     converting = [steps.index(step.node) for step in conversion.steps_after(source)]
     fed_by = [facts.value_number(node) for node in feeding]
     places = [fed_by.index(facts.value_number(node)) for node in (source, store.base)]
-    question = ("store", structure, tuple(converting), conversion.dtype, tuple(places), asked)
+    position = store.join and store.join.position
+    question = ("store", structure, tuple(converting), conversion.dtype, tuple(places), position, asked)
     indices = [facts.canonical(node) for node in feeding]
     if question not in memo:
         memo[question] = (*read(), indices)
@@ -425,10 +432,14 @@ def _arriving(
 ) -> torch.Tensor:
     """`numbers`, of the elements of `source`, as they arrive in the stored value."""
     steps = conversion.steps_after(source)
-    certify_copy(
-        facts.between(source, [store.value])[1:], {step.node for step in steps}, _dtype(source), conversion.dtype
-    )
+    allowed = {step.node for step in steps} | ({store.join.node} if store.join else set())
+    certify_copy(store.steps_from(facts, source), allowed, _dtype(source), conversion.dtype)
     return moved_elements(store, steps, source, numbers, sizes)
+
+
+def _is_joint(store: Store, node: Node) -> bool:
+    """Does `node` hold keys and values, joined?"""
+    return store.join is not None and (node is store.join.node or node in store.join.after)
 
 
 def _converted(dtype: torch.dtype, saturate: bool | None) -> str:

@@ -232,6 +232,43 @@ def keys_and_values_in_one_tensor() -> Case:
     return OneTensor(), (*arguments()[:3], torch.randn(2, SLOTS, NUM_KV_HEADS, HEAD_DIM)), {}
 
 
+class _Joint(Prologue):
+    """Keys and values stored at once, as one tensor."""
+
+    def forward(self, x, positions, slots, kv_cache):
+        q, k, v = self.split(self.project(x))
+        cos, sin = self.angles(positions)
+        q = self.rotate(self.norm(q, self.q_weight), cos, sin)
+        k = self.rotate(self.norm(k, self.k_weight), cos, sin)
+        self.store(kv_cache, slots, self.join(k, v))
+        return self.o_proj(q.flatten(1))
+
+    def join(self, k, v):
+        return torch.stack([k, v], 1)
+
+
+@case
+def stored_at_once() -> Case:
+    return _Joint(), (*arguments()[:3], torch.randn(SLOTS, 2, NUM_KV_HEADS, HEAD_DIM)), {}
+
+
+@case
+def stored_at_once_without_a_norm() -> Case:
+    """Heads take turns, in a slice."""
+
+    class Slice(_Joint):
+        def norm(self, x, weight):
+            return x
+
+        def join(self, k, v):
+            return torch.stack([k, v], 2).flatten(1, 2)
+
+        def store(self, cache, slots, value):
+            cache[3 : 3 + value.shape[0]] = value
+
+    return Slice(), (*arguments()[:3], torch.randn(SLOTS, 2 * NUM_KV_HEADS, HEAD_DIM)), {}
+
+
 @case
 def keys_and_values_side_by_side() -> Case:
     """[blocks, Hk, block_size, 2 * D]: the lanes of a key, then those of a value."""
