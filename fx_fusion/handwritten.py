@@ -110,6 +110,9 @@ def unwritable(match: Match) -> str | None:
         addresses = stored.addresses
         if addresses.stored is not None and not addresses.stored.by_sign:
             return f"which tokens are stored is told by a mask, {addresses.stored.index}"
+        for index in (addresses.slots, addresses.blocks):
+            if index is not None and not index.per_token:
+                return f"an index of each sequence, {index}, addresses the cache"
         if addresses.slot_group or addresses.lane_group:
             return "the cache lies in groups (the shuffle layout)"
         if stored.dtype != stored.store.cache.meta["val"].dtype:

@@ -214,6 +214,9 @@ def _take_slots(emit: Emitter, index: Index, addresses: Addresses, grid: Grid, d
 def _take_index(emit: Emitter, index: Index, grid: Grid) -> Node:
     """[B or 1, S]"""
     assert index.node is not None
+    if not index.per_token:
+        one_each = emit.call(aten.reshape.default, index.node, [grid[0], 1])
+        return emit.call(aten.expand.default, one_each, list(grid))
     return emit.call(aten.reshape.default, index.node, list(_rows(grid, index.per_batch)))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from fx_fusion.decline import Decline
 from fx_fusion.evaluate import Arithmetic, evaluate
 from fx_fusion.facts import Facts
 from fx_fusion.kernels.cache_layout import CacheLayout, Size
-from fx_fusion.opset import aten
+from fx_fusion.opset import aten, prims
 from fx_fusion.overlap import may_overlap
 from fx_fusion.patterns.split import Heads
 from fx_fusion.region import alias_steps, strip_views
@@ -29,13 +29,15 @@ _EVERY_INDEX = 1 << 22
 
 @dataclass(frozen=True)
 class Index:
-    """One integer a token: element (b, s) of the node seen as [B, S], or element s for every sequence.
+    """One integer a token: element (b, s) of the node seen as [B, S], or element s for every sequence; unless
+    `per_token`, element b for every token of a sequence.
 
     Without a node it is the token's own number: b * S + s, or s.
     """
 
     node: Node | None
     per_batch: bool
+    per_token: bool = True
 
     def __str__(self) -> str:
         return str(self.node) if self.node is not None else "consecutive slots"
@@ -122,6 +124,7 @@ def read_addresses(
         written, elements = _own_part(store, written, own, sizes), elements[own]
     _check_complete(store, elements, heads, grid)
     token = elements // (heads.head_dim * heads.num_heads)
+    written = _without_counting(written, elements, heads, grid)
     places = _read_places(store, written, elements, heads, grid)
     found = _address(store, written, places, token, heads, grid)
     canonical = {name: _canonical(facts, getattr(found, name)) for name in ("slots", "blocks", "in_group")}
@@ -150,6 +153,32 @@ def _own_part(store: Store, written: _Written, own: torch.Tensor, sizes: Sizes) 
             raise Decline("store.index", found, [store.writer])
     indexed = {dim: (node, number[own]) for dim, (node, number) in written.indexed.items()}
     return _Written(tuple(size), tuple(stride), offset, plain, indexed)
+
+
+def _without_counting(written: _Written, elements: torch.Tensor, heads: Heads, grid: tuple[int, int]) -> _Written:
+    """The same region, with no index where that only counts sequences or heads: ``cache[arange(B)[:, None], …]``."""
+    head = elements // heads.head_dim % heads.num_heads
+    sequence = elements // (heads.head_dim * heads.num_heads) // grid[1]
+    counting = {
+        dim: number
+        for dim, (node, number) in written.indexed.items()
+        if _counts(node) and any(bool((number == each).all()) for each in (sequence, head))
+    }
+    if len(counting) == len(written.indexed):
+        return written
+    indexed = {dim: index for dim, index in written.indexed.items() if dim not in counting}
+    return replace(written, plain={**written.plain, **counting}, indexed=indexed)
+
+
+def _counts(index: Node) -> bool:
+    """Does `index` hold 0, 1, 2, … in this order? (An expanded one would have its elements numbered otherwise.)"""
+    root = strip_views(index)
+    given = {"start": 0, "step": 1, **root.kwargs}
+    return (
+        root.target is prims.iota.default
+        and (given["start"], given["step"]) == (0, 1)
+        and same([root.meta["val"].numel()], [index.meta["val"].numel()])
+    )
 
 
 def _canonical(facts: Facts, index: Index | None) -> Index | None:
@@ -258,9 +287,9 @@ def _read_flag(
     numbers = torch.arange(torch.Size(shape).numel()).reshape(shape)
     moved = evaluate([store.mask.flag], {root: numbers}, sizes, Arithmetic.MOVE)[0]
     if root.meta["val"].dtype == torch.bool and torch.broadcast_shapes(moved.shape, own.shape) == own.shape:
-        for per_batch, number in ((True, token), (grid[0] == 1, token % grid[1])):
+        for per_batch, per_token, number in _index_forms(token, grid):
             if bool((moved.expand(own.shape)[own] == number.reshape(-1)).all()):
-                return Flag(Index(facts.canonical(root), per_batch), store.mask.inverted)
+                return Flag(Index(facts.canonical(root), per_batch, per_token), store.mask.inverted)
     found = f"{store.mask.flag} does not hold one truth value per token: parts of a token would be stored"
     raise Decline("store.mask", found, [store.mask.where])
 
@@ -286,7 +315,7 @@ def _by_sign(facts: Facts, addresses: Addresses, flag: Flag) -> Addresses:
     if index is None or not any((test.target, *test.args[1:]) == kind for kind in kinds):
         return replace(addresses, stored=flag)
     slots = _node(test.args[0])
-    same_tokens = flag.index.per_batch == addresses.slots.per_batch
+    same_tokens = replace(flag.index, node=index) == addresses.slots
     if not same_tokens or facts.value_number(slots) not in _without_sign(facts, index, flag):
         return replace(addresses, stored=flag)
     return replace(
@@ -330,7 +359,7 @@ def _splits(facts: Facts, slots: Index, grouped: Addresses, block_size: int, siz
     assert place is not None
     if slots.node is None or group.node is None or place.node is None or 2 * block_size > _EVERY_INDEX:
         return False
-    if not slots.per_batch == group.per_batch == place.per_batch:
+    if len({replace(each, node=None) for each in (slots, group, place)}) > 1:
         return False
     every = torch.arange(-block_size, block_size)
     # The same slots may be computed once more for the value.
@@ -599,10 +628,16 @@ def _node(value: Any) -> Node:
     return value
 
 
+def _index_forms(token: torch.Tensor, grid: tuple[int, int]) -> Iterator[tuple[bool, bool, torch.Tensor]]:
+    """What an index may have one element of, as :class:`Index` says (per batch, per token), and the element of each."""
+    yield True, True, token
+    yield grid[0] == 1, True, token % grid[1]
+    yield True, False, token // grid[1]
+
+
 def _index(written: _Written, dim: int, token: torch.Tensor, grid: tuple[int, int], store: Store) -> Index:
     node, number = written.indexed[dim]
-    if bool((number == token).all()) and grid[0] > 1:
-        return Index(node, per_batch=True)
-    if bool((number == token % grid[1]).all()):
-        return Index(node, per_batch=grid[0] == 1)
+    for per_batch, per_token, expected in _index_forms(token, grid):
+        if bool((number == expected).all()):
+            return Index(node, per_batch, per_token)
     raise Decline("store.index", f"{node} does not hold one index per token, in order", [store.writer])

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from prologue import HEAD_DIM, NUM_KV_HEADS, SLOTS, Prologue, arguments
+from prologue import HEAD_DIM, HIDDEN, NUM_HEADS, NUM_KV_HEADS, SLOTS, Prologue, arguments
 
 import fx_fusion
 
@@ -73,3 +73,81 @@ def test_stores_as_in_eager(model, dtype):
             assert int((got.view(torch.uint8).int() - want.view(torch.uint8).int()).abs().max()) <= 1
         else:
             assert torch.allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+class Joint(Prologue):
+    """Keys and values stored at once, as one tensor."""
+
+    shape: tuple[int, ...] = (SLOTS, 2, NUM_KV_HEADS, HEAD_DIM)
+
+    def forward(self, x, positions, slots, kv_cache):
+        q, k, v = self.split(self.project(x))
+        cos, sin = self.angles(positions)
+        q = self.rotate(self.norm(q, self.q_weight), cos, sin)
+        k = self.rotate(self.norm(k, self.k_weight), cos, sin)
+        self.store(kv_cache, slots, self.join(k, v))
+        return self.consume(q, k, v, kv_cache, kv_cache)
+
+    def join(self, k, v):
+        return torch.stack([k, v], 1)
+
+
+class LanesTakeTurns(Joint):
+    """[slots, Hk, 2 * D]: of every two lanes, the first is a key's."""
+
+    shape = (SLOTS, NUM_KV_HEADS, 2 * HEAD_DIM)
+
+    def join(self, k, v):
+        return torch.stack([k, v], -1).flatten(-2)
+
+
+class HeadsTakeTurnsInASlice(Joint):
+    shape = (SLOTS, 2 * NUM_KV_HEADS, HEAD_DIM)
+
+    def join(self, k, v):
+        return torch.stack([k, v], 2).flatten(1, 2)
+
+    def store(self, cache, slots, value):
+        cache[7 : 7 + value.shape[0]] = value
+
+
+class BySequenceAndPosition(Prologue):
+    """One index a sequence, one a token."""
+
+    def split(self, qkv):
+        parts = qkv.split([NUM_HEADS * HEAD_DIM, NUM_KV_HEADS * HEAD_DIM, NUM_KV_HEADS * HEAD_DIM], -1)
+        return tuple(part.unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2) for part in parts)
+
+    def forward(self, x, positions, places, k_cache, v_cache, sequences):
+        self.sequences = sequences
+        return super().forward(x, positions, places, k_cache, v_cache)
+
+    def store(self, cache, places, value):
+        cache[self.sequences[:, None], :, places] = value.transpose(1, 2)
+
+    def consume(self, q, k, v, *caches):
+        return self.o_proj(q.transpose(1, 2).flatten(2))
+
+
+def _by_sequence():
+    caches = torch.randn(2, 4, NUM_KV_HEADS, 32, HEAD_DIM)
+    positions, places = torch.randperm(40)[:30].view(3, 2, 5), torch.randperm(32)[:10].view(2, 5)
+    return torch.randn(2, 5, HIDDEN), positions, places, *caches, torch.tensor([2, 1])
+
+
+@pytest.mark.parametrize("model", [Joint, LanesTakeTurns, HeadsTakeTurnsInASlice, BySequenceAndPosition])
+def test_stores_at_once_and_by_sequence_as_in_eager(model):
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.manual_seed(0)
+    given = _by_sequence() if model is BySequenceAndPosition else (*arguments()[:3], torch.randn(model.shape))
+    args = [arg.cuda() for arg in given]
+    module, expected = model().cuda(), copy.deepcopy(args)
+    options = {"fx_fusion.kernel": "triton", "fx_fusion.require": 1, "fx_fusion.strict": True}
+    torch._dynamo.reset()
+    with torch.no_grad():
+        wanted = module(*expected)
+        actual = torch.compile(module, backend="fx_fusion", options=options)(*args)
+    report = fx_fusion.last_report()
+    assert [layer.kernel for layer in report.fused] == ["triton"], str(report)
+    for got, want in zip((actual, *args), (wanted, *expected), strict=True):
+        assert torch.allclose(got, want, rtol=1e-4, atol=1e-4)

@@ -155,6 +155,23 @@ def per_sequence_cache() -> Case:
 
 
 @case
+def by_sequence_and_position() -> Case:
+    """One index a sequence, an input; one a token."""
+
+    class Indexed(PerSequence):
+        def forward(self, x, positions, places, k_cache, v_cache, sequences):
+            self.sequences = sequences
+            return super().forward(x, positions, places, k_cache, v_cache)
+
+        def store(self, cache, places, value):
+            cache[self.sequences[:, None], :, places] = value.transpose(1, 2)
+
+    caches = torch.randn(2, 2, NUM_KV_HEADS, 32, HEAD_DIM)
+    positions, places = torch.randperm(40)[:30].view(3, 2, 5), torch.randperm(32)[:10].view(2, 5)
+    return Indexed(), (torch.randn(2, 5, HIDDEN), positions, places, *caches, torch.tensor([1, 0])), {}
+
+
+@case
 def key_returned() -> Case:
     class KeyReturned(Prologue):
         def norm(self, x, weight):
