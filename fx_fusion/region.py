@@ -55,7 +55,8 @@ def data_cuts(facts: Facts, origin: Node, out: Node) -> list[Node]:
 
     Candidates are the values that every path from `origin` to `out` passes through, after which only analytic steps
     follow, and before which no root is taken: a norm belongs to the branch or the branch is not understood. Values that
-    merely move an earlier candidate are left out: they start the same function.
+    merely move an earlier candidate are left out: they start the same function. Copies come last: they may lay evenly
+    what is uneven in the projection, as ``qkv[..., :-2, :].flatten(-3, -2)`` does where each key follows its queries.
 
     Raises:
         Decline: ``proof.not_analytic``, if a step that is not analytic leaves no candidate.
@@ -79,7 +80,8 @@ def data_cuts(facts: Facts, origin: Node, out: Node) -> list[Node]:
             found = f"{step} ({step.target}) subtracts the mean, as a LayerNorm does; expected an RMSNorm"
             raise Decline("norm.not_rms", found, [step])
         raise Decline("proof.not_analytic", f"{step} ({step.target}) stands between the projection and {out}", [step])
-    return [cuts[0], *(node for node in cuts[1:] if not opset.is_movement(node))]
+    copies = [node for node in cuts[1:] if node.target is aten.clone.default]
+    return [cuts[0], *(node for node in cuts[1:] if not opset.is_movement(node)), *copies]
 
 
 def _bottlenecks(path: Sequence[Node]) -> list[Node]:

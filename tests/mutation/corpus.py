@@ -102,6 +102,18 @@ def gemma() -> Case:
 
 
 @case
+def queries_in_groups() -> Case:
+    """The queries are copied to where their heads are evenly spaced."""
+
+    class InGroups(Prologue):
+        def split(self, qkv):
+            groups = qkv.view(qkv.shape[0], NUM_KV_HEADS, -1, HEAD_DIM)
+            return groups[:, :, :-2].flatten(1, 2), groups[:, :, -2], groups[:, :, -1]
+
+    return _plain(InGroups)
+
+
+@case
 def no_norm() -> Case:
     class NoNorm(Prologue):
         def norm(self, x, weight):

@@ -341,13 +341,11 @@ class HeadsRotatedDifferently(Prologue):
         return super().rotate(x, cos * factor, sin * factor)
 
 
-@look_alike("split.columns", "not heads of 16 consecutive columns at a constant distance", "query, split")
-class QueriesInGroups(Prologue):
-    """InternLM2: behind each two queries lie their key and value."""
-
+@look_alike("split.columns", "not heads of 16 consecutive columns at a constant distance", "key, split")
+class LanesOfQueryKeyAndValueTakeTurns(Prologue):
     def split(self, qkv):
-        groups = qkv.view(qkv.shape[0], NUM_KV_HEADS, -1, HEAD_DIM)
-        return groups[:, :, :-2].flatten(1, 2), groups[:, :, -2], groups[:, :, -1]
+        q, rest = qkv.split([NUM_HEADS * HEAD_DIM, 2 * NUM_KV_HEADS * HEAD_DIM], -1)
+        return q.unflatten(-1, (-1, HEAD_DIM)), *rest.unflatten(-1, (NUM_KV_HEADS, HEAD_DIM, 2)).unbind(-1)
 
 
 @pytest.mark.parametrize("name", LOOK_ALIKES)

@@ -46,6 +46,25 @@ class OrderVKQ(Prologue):
 
 
 @spelling
+class QueriesInGroups(Prologue):
+    """InternLM2, Falcon: behind the queries of a group lie their key and value. The queries' copy stays outside."""
+
+    def split(self, qkv):
+        groups = qkv.view(qkv.shape[0], NUM_KV_HEADS, -1, HEAD_DIM)
+        return groups[:, :, :-2].flatten(1, 2), groups[:, :, -2], groups[:, :, -1]
+
+
+@spelling
+class QueriesInGroupsBySizes(Prologue):
+    """Megatron"""
+
+    def split(self, qkv):
+        sizes = [NUM_HEADS // NUM_KV_HEADS * HEAD_DIM, HEAD_DIM, HEAD_DIM]
+        q, k, v = qkv.view(qkv.shape[0], NUM_KV_HEADS, -1).split(sizes, -1)
+        return q.reshape(qkv.shape[0], -1, HEAD_DIM), k, v
+
+
+@spelling
 class Bias(Prologue):
     def __init__(self, dtype=torch.float32):
         super().__init__(dtype)
@@ -355,3 +374,7 @@ def test_a_norm_on_one_of_query_and_key_is_reported(normalised):
 
     report = assert_fuses(One(), arguments(), count=1)
     assert {"query": "of q eps 1e-06, of k none", "key": "of q none, of k eps 1e-06"}[normalised] in str(report)
+
+
+def test_a_query_that_is_copied_stays_so_under_inductor():
+    assert_fuses(QueriesInGroups(), arguments(), count=1, inner="inductor")

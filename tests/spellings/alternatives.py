@@ -152,9 +152,9 @@ class Contiguous(_Packed):
         return [self.heads(part.contiguous()) for part in qkv.split(self.sizes, -1)]
 
 
-@alternative("split", declines=("split.columns",))
+@alternative("split")
 class Grouped(_Packed):
-    """Each key head lies behind its queries: with several queries a group, those are not evenly spaced."""
+    """Each key head lies behind its queries: with several queries a group, those are not evenly spaced, and copied."""
 
     def split(self, qkv):
         s = self.shape
