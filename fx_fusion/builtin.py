@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from fx_fusion import dispatch
+from fx_fusion import dispatch, opset
 from fx_fusion import rewrite as _rewrite
+from fx_fusion.call_forms import operation
 from fx_fusion.decline import Decline
 from fx_fusion.facts import Facts
 from fx_fusion.kernels.cache_layout import Size
@@ -41,11 +42,7 @@ class QkNormRopeCache:
     def find(self, facts: Facts) -> tuple[list[Candidate], list[Decline]]:
         candidates, declined = pattern.find(facts)
         if not candidates and not declined:
-            found = (
-                "the graph writes no KV cache in place; "
-                "a cache that grows by concatenation (DynamicCache) stores nothing"
-            )
-            declined = [Decline("store.missing", found)]
+            declined = [_no_store(facts)]
         return candidates, declined
 
     def read(self, facts: Facts, candidate: Candidate, memo: dict[object, Any]) -> Match:
@@ -81,6 +78,26 @@ class QkNormRopeCache:
 
     def rewrite(self, graph: Graph, match: Match, kernel: str) -> None:
         _rewrite.rewrite(graph, match, kernel)
+
+
+def _no_store(facts: Facts) -> Decline:
+    found = "the graph writes no KV cache in place; "
+    attention = next((node for node in facts.nodes if node in facts.live and _takes_three(node)), None)
+    if attention is None:
+        return Decline("store.missing", f"{found}a cache that grows by concatenation (DynamicCache) stores nothing")
+    found += (
+        f"if the opaque operation {operation(attention)} stores keys and values itself, the graph does not show it. "
+    )
+    found += (
+        "The fused call stores what it rotates: store in an operation that takes the cache, and declare its meaning"
+    )
+    return Decline("store.missing", found, [attention])
+
+
+def _takes_three(node: Node) -> bool:
+    """An opaque operation that may take query, key and value."""
+    tensors = [each for each in node.all_input_nodes if opset.is_float_tensor(each) and each.meta["val"].dim() > 1]
+    return operation(node) is not None and len(tensors) > 2
 
 
 def _check_apart(facts: Facts, match: Match) -> None:

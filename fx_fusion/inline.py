@@ -27,7 +27,7 @@ from fx_fusion.decline import Decline
 from fx_fusion.emit import Emitter, fake_mode_of, value_of
 from fx_fusion.meaning import MEANINGS, Meaning, signature_mismatch
 from fx_fusion.meaning_trace import NoMeaning, TracedMeaning, complete, is_input, trace
-from fx_fusion.meanings import HIDDEN
+from fx_fusion.meanings import HIDDEN, HIDDEN_ATTENTION
 from fx_fusion.opset import aten
 from fx_fusion.region import strip_aliases
 from fx_fusion.sizes import Sizes, admissible_sizes
@@ -102,6 +102,7 @@ class Inlined:
         self.expansions: list[_Expansion] = []
         self.declined: list[Decline] = []
         self.hidden_stores = 0
+        self.hidden_attention: list[Decline] = []
         self._of: dict[Node, _Expansion] = {}
         self._known: set[Node] = set()
 
@@ -201,6 +202,10 @@ def inline(graph: Graph) -> Inlined:
         if reason is not None:
             done.hidden_stores += 1
             done.declined.append(Decline("meaning.hidden", f"{op._schema.name} {reason}", [node]))
+            continue
+        reason = HIDDEN_ATTENTION.get(op._schema.name)
+        if reason is not None:
+            done.hidden_attention.append(Decline("meaning.hidden", f"{op._schema.name} {reason}", [node]))
             continue
         meaning = MEANINGS.of(op)
         if meaning is None:

@@ -20,6 +20,7 @@ from fx_fusion.patterns.mrope import Lanes
 from fx_fusion.patterns.qk_norm_rope_cache import Match
 from fx_fusion.patterns.rotated_heads import RotatedHeads
 from fx_fusion.patterns.split import Heads
+from fx_fusion.sizes import same
 from fx_fusion.stores import Store
 
 #: What slots are computed with where the graph does not hold them.
@@ -31,9 +32,9 @@ Grid = tuple[int | torch.SymInt, int | torch.SymInt]
 def rewrite(graph: Graph, match: Match, kernel: str) -> None:
     """Replace what `match` found by one call of `kernel`. The graph is left unsorted: see :func:`finish`."""
     stores = (match.key_store, match.value_store)
-    k_cache, v_cache = _caches_before(*(stored.store for stored in stores))
     with graph.inserting_before(match.key_store.store.writer):
         emit = Emitter(graph, match.key.out)
+        k_cache, v_cache = _caches_before(emit, *(stored.store for stored in stores))
         operands = _operands(emit, match)
         results = insert(emit, kernel, operands, k_cache, v_cache, _options(match), return_k=match.return_k)
         rotated_q = _as_result(emit, results.q, match.query.out, match.query_heads)
@@ -42,6 +43,7 @@ def rewrite(graph: Graph, match: Match, kernel: str) -> None:
         written: dict[Node, Node] = {}
         for stored, cache in zip(stores, after, strict=True):
             store = stored.store
+            cache = _in_shape_of(emit, cache, store.base)
             written[store.writer] = _replay(emit, store.views, cache)
             written |= {scatter: _replay(emit, store.part(scatter), cache) for scatter in store.scatters}
     match.query.out.replace_all_uses_with(rotated_q)
@@ -51,12 +53,18 @@ def rewrite(graph: Graph, match: Match, kernel: str) -> None:
         old.replace_all_uses_with(new)
 
 
-def _caches_before(key: Store, value: Store) -> tuple[Node, Node]:
+def _caches_before(emit: Emitter, key: Store, value: Store) -> tuple[Node, Node]:
     """The caches as they are before the call: of two stores into one cache, what the first one finds."""
     if key.cache is not value.cache:
-        return key.base, value.base
-    base = value.base if key.base is value.after else key.base
+        return _in_shape_of(emit, key.base, key.cache), _in_shape_of(emit, value.base, value.cache)
+    base = _in_shape_of(emit, value.base if key.base is value.after else key.base, key.cache)
     return base, base
+
+
+def _in_shape_of(emit: Emitter, cache: Node, other: Node) -> Node:
+    """`cache` in the shape of `other`, another value of it."""
+    shape = other.meta["val"].shape
+    return cache if same(cache.meta["val"].shape, shape) else emit.call(aten.reshape.default, cache, list(shape))
 
 
 def sort(graph: Graph) -> None:

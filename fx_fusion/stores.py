@@ -10,6 +10,8 @@ what puts a part of the cache back (``select_scatter``, ``slice_scatter``, ``as_
 from __future__ import annotations
 
 import heapq
+import itertools
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +20,7 @@ import torch
 from torch.fx import Node
 
 from fx_fusion import opset
+from fx_fusion.call_forms import operation
 from fx_fusion.decline import Decline
 from fx_fusion.facts import Facts, freeze
 from fx_fusion.opset import aten
@@ -91,6 +94,12 @@ class Store:
         return alias_steps(strip_aliases(self.view), self.view)
 
     @property
+    def keeps_order(self) -> bool:
+        """Are the elements of ``after`` in the order of those of ``base``, whatever their shapes?"""
+        steps = self.part(self.scatters[-1]) if self.scatters else self.views
+        return all(step.target in _RESHAPES for step in steps)
+
+    @property
     def into_slice(self) -> bool:
         """Is the value put into a slice of the view, rather than at indices?"""
         return self.writer.target in SCATTERS
@@ -130,6 +139,7 @@ _ADDERS = frozenset(
     }
 )  # fmt: skip
 _JOINS = (aten.cat.default, aten.stack.default)
+_RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.alias.default)
 _INTEGER_CACHES = (torch.uint8, torch.int8)
 
 
@@ -220,6 +230,10 @@ def _stores_into(facts: Facts, cache: Node, final: Node) -> list[Store]:
         found.append(store)
         node = store.base
     found.reverse()
+    for earlier, later in itertools.pairwise(found):
+        if not earlier.keeps_order:
+            told = f"{later.writer} stores into {cache} after {earlier.writer}, which reorders its dimensions"
+            raise Decline("store.cache_not_viewable", told, [later.writer, earlier.writer])
     return [replace(store, since=_since(store, found[:i])) for i, store in enumerate(found)]
 
 
@@ -245,10 +259,11 @@ def _read_store(facts: Facts, cache: Node, node: Node) -> Store:
     if writer.target in SCATTERS and written.target is aten.copy.default:
         written = _node(written.args[1])
     store = Store(cache, _node(writer.args[0]), writer, written, tuple(scatters[::-1]))
-    if any(strip_aliases(scatter.args[0]) is not store.base for scatter in scatters) or (
-        scatters and scatters[0].args[0] is not store.base
-    ):
+    if any(strip_aliases(scatter.args[0]) is not store.base for scatter in scatters):
         found = f"{scatters[0]} puts what {writer} stored into another tensor than it was taken from"
+        raise Decline("store.cache_not_viewable", found, [scatters[0]])
+    if scatters and not store.keeps_order:
+        found = f"{scatters[0]} puts what {writer} stored into {cache} with its dimensions in another order"
         raise Decline("store.cache_not_viewable", found, [scatters[0]])
     return _read_mask(facts, store)
 
@@ -270,6 +285,12 @@ def _unknown(cache: Node, node: Node) -> Decline:
         return Decline("store.other_cache", found, [node])
     if node.target in _ADDERS:
         return Decline("store.accumulates", f"{node} adds to the cache; expected it to overwrite", [node])
+    call = _node(node.args[0]) if node.target is operator.getitem else node
+    op = operation(call)
+    if op is not None:
+        found = f"the input {cache} is written by {op}, an opaque operation; say what it stores where: "
+        found += f'fx_fusion.declare_meaning("{op.name()}", …)'
+        return Decline("store.unknown_writer", found, [call])
     found = f"the input {cache} is overwritten with the result of {node.target}, which is no store at indices or slices"
     return Decline("store.unknown_writer", found, [node])
 

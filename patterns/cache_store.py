@@ -451,10 +451,20 @@ def _dims(value: torch.Tensor) -> list[tuple[int, int]]:
 
 
 def _whole(store: Store, sizes: Sizes) -> torch.Tensor:
-    """The cache on strides alone."""
-    base: torch.Tensor = store.base.meta["val"]
-    strides = [sizes.concrete(stride) for stride in base.stride()]
-    return torch.empty_strided(sizes.shape(base), strides, dtype=base.dtype, device="meta")
+    """The cache on strides alone, in the shape of the value before `store`."""
+    cache: torch.Tensor = store.cache.meta["val"]
+    strides = [sizes.concrete(stride) for stride in cache.stride()]
+    whole = torch.empty_strided(sizes.shape(cache), strides, dtype=cache.dtype, device="meta")
+    return _viewed(whole, store.base, sizes.shape(store.base.meta["val"]))
+
+
+def _viewed(whole: Any, node: Node, shape: tuple[int, ...]) -> Any:
+    if whole.shape == shape:
+        return whole
+    try:
+        return whole.view(shape)
+    except RuntimeError as error:
+        raise Decline("store.cache_not_viewable", f"{node} copies the cache: {error}", [node]) from error
 
 
 def _replay(value: Any, steps: list[Node], sizes: Sizes) -> Any:

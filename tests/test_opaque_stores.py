@@ -8,12 +8,12 @@ import re
 import opaque_ops
 import pytest
 import torch
-from prologue import HEAD_DIM, NUM_KV_HEADS, Prologue, arguments
+from prologue import EPS, HEAD_DIM, HIDDEN, NUM_HEADS, NUM_KV_HEADS, SECTION, Prologue, arguments
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
 import fx_fusion
-from fx_fusion.testing import assert_declines, run
+from fx_fusion.testing import assert_declines, assert_fuses, run
 
 BLOCKS, BLOCK_SIZE = 8, 8
 
@@ -24,6 +24,13 @@ def libraries():
     yield
     for library in held:
         library._destroy()
+
+
+@pytest.fixture(params=[True, False], ids=["v2", "v1"])
+def functionalised(request):
+    """In which of two ways an operation that writes its arguments is made functional."""
+    with torch._inductor.config.patch(enable_auto_functionalized_v2=request.param):
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -140,8 +147,7 @@ def test_keys_and_values_in_one_tensor_as_functionalised_by_vllm(name, graphs):
     one_tensor(name, False, graphs)
 
 
-@pytest.mark.parametrize("v2", [True, False])
-@pytest.mark.parametrize("name", ["unbind", "heads first"])
+@pytest.mark.parametrize(("name", "v2"), [("unbind", True), ("unbind", False), ("heads first", True)])
 def test_all_layers_in_one_tensor(name, v2, graphs):
     """The layer between two fused ones keeps its operation."""
     views, shape = VIEWS[name]
@@ -151,15 +157,14 @@ def test_all_layers_in_one_tensor(name, v2, graphs):
     assert [layer.code for layer in report.declined] == ["proof.not_analytic"]
 
 
-@pytest.mark.parametrize(("name", "also_blocks"), [("unbind", False), ("unbind", True), ("heads first", True)])
-def test_symbolic_sizes(name, also_blocks, graphs):
+@pytest.mark.parametrize("name", ["unbind", "heads first"])
+def test_symbolic_sizes(name, graphs):
     """Of tokens, and of blocks: then a part's place in the tensor is a symbol."""
     views, shape = VIEWS[name]
     args = given(shape, 3)
     for tensor, dim in zip(args[:3], (0, 1, 0), strict=True):
         torch._dynamo.mark_dynamic(tensor, dim)
-    if also_blocks:
-        torch._dynamo.mark_dynamic(args[-1], 1 + shape.index(BLOCKS))
+    torch._dynamo.mark_dynamic(args[-1], 1 + shape.index(BLOCKS))
     fuses_bit_for_bit(OneTensor(views, 2), args, 1, graphs, dynamic=None)
 
 
@@ -184,6 +189,229 @@ def test_no_cache_is_copied():
     torch.testing.assert_close(args[-1], expected[-1])
     assert code.count("qk_norm_rope_cache.default(") == code.count("reshape_and_cache_flash.default(") == 1
     assert allocations(code, args[-1][0, 0].numel()) == 0
+
+
+# --- other layouts and operations of engines --------------------------------------------------------------------------
+
+
+class InGroups(OneTensor):
+    """vLLM's first paged layout: x lanes of a key side by side, and the slots of a block side by side for values."""
+
+    def put(self, k, v, k_cache, v_cache, slots):
+        torch.ops._C_cache_ops.reshape_and_cache(k, v, k_cache, v_cache, slots, "auto", *torch.ones(2))
+
+
+GROUP = 4
+IN_GROUPS = (NUM_KV_HEADS, HEAD_DIM // GROUP, BLOCK_SIZE, GROUP), (NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE)
+
+
+def taken_apart(kv):
+    """[2, the elements of one cache], as vLLM's PagedAttention takes it apart."""
+    return [part.view(BLOCKS, *shape) for part, shape in zip(kv.unbind(0), IN_GROUPS, strict=True)]
+
+
+def test_lanes_in_groups(functionalised, graphs):
+    model, shape = InGroups(taken_apart), (2, BLOCKS * NUM_KV_HEADS * HEAD_DIM * BLOCK_SIZE)
+    report = fuses_bit_for_bit(model, given(shape), 1, graphs)
+    assert report.fused[0].facts["masked"]
+    assert "_C_cache_ops::reshape_and_cache = " in report.fused[0].assumed[0]
+    assert "reshape_and_cache.default" not in str(graphs[-1])
+
+
+def test_quantised_lanes_in_groups_are_declined_by_name():
+    class Quantised(InGroups):
+        def put(self, k, v, k_cache, v_cache, slots):
+            torch.ops._C_cache_ops.reshape_and_cache(k, v, k_cache, v_cache, slots, "fp8_e4m3", *torch.ones(2))
+
+    shape = (2, BLOCKS * NUM_KV_HEADS * HEAD_DIM * BLOCK_SIZE)
+    (layer,) = fx_fusion.explain(Quantised(taken_apart), *given(shape)).declined
+    assert layer.code == "meaning.raises" and "kv_cache_dtype='fp8_e4m3'" in layer.reason
+
+
+class TextRope(OneTensor):
+    """vLLM's mrope with one position a token."""
+
+    def forward(self, x, positions, slots, kv_cache):
+        q, k, v = (part.flatten(1) for part in self.split(self.project(x)))
+        q, k = (self.normed(part, weight) for part, weight in ((q, self.q_weight), (k, self.k_weight)))
+        torch.ops.vllm.mrope(positions[0], q, k, self.cos_sin_cache, HEAD_DIM, HEAD_DIM, *SECTION, True, True)
+        k, v = (part.view(-1, NUM_KV_HEADS, HEAD_DIM) for part in (k, v))
+        self.put(k, v, *self.views(kv_cache), slots)
+        return self.o_proj(q)
+
+    def normed(self, x, weight):
+        return self.norm(x.view(x.shape[0], -1, HEAD_DIM), weight).flatten(1)
+
+
+class QkNormRope(OneTensor):
+    """vLLM's own fusion of norm and rotation, on the packed projection; and the norm before, with its residual."""
+
+    def __init__(self, *args) -> None:
+        super().__init__(*args)
+        self.weight = torch.nn.Parameter(torch.rand(HIDDEN) + 0.5)
+
+    def forward(self, x, positions, slots, kv_cache):
+        x, residual = x.clone(), 0.5 * x
+        torch.ops._C.fused_add_rms_norm(x, residual, self.weight, EPS)
+        qkv, heads = self.project(x), (NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS)
+        weights = self.q_weight, self.k_weight
+        torch.ops._C.fused_qk_norm_rope(qkv, *heads, HEAD_DIM, EPS, *weights, self.cos_sin_cache, True, positions[0])
+        q, k, v = self.split(qkv)
+        self.put(k, v, *self.views(kv_cache), slots)
+        return self.o_proj(q.flatten(1)) + residual
+
+
+@pytest.mark.parametrize(
+    ("model", "assumed", "left"),
+    [
+        (TextRope, ["_C_cache_ops::reshape_and_cache_flash", "vllm::mrope"], []),
+        (QkNormRope, ["_C::fused_qk_norm_rope", "_C_cache_ops::reshape_and_cache_flash"], ["_C.fused_add_rms_norm"]),
+    ],
+    ids=lambda each: each.__name__ if isinstance(each, type) else "",
+)
+def test_operations_of_vllm(model, assumed, left, functionalised, graphs):
+    """A norm that is no part of the prologue stays."""
+    views, shape = VIEWS["unbind"]
+    report = assert_fuses(model(views), given(shape), count=1)
+    assert [each.split(" = ")[0] for each in report.fused[0].assumed] == assumed
+    called = re.findall(r"(?:_C|vllm|_C_cache_ops)\.(?=\w+\.default)(\w+)", str(graphs[-1]))
+    assert sorted({f"_C.{name}" for name in called}) == left
+
+
+# --- an engine's own operations ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def engine():
+    """`store` and `attend` see keys and values flat; `attend` stores too, `attend_unseen` has a cache of its own."""
+    library = torch.library.Library("opaque_engine", "FRAGMENT")
+    library.define("store(Tensor k, Tensor v, Tensor! kv_cache, Tensor slots) -> ()")
+    library.define("attend(Tensor q, Tensor k, Tensor v, Tensor! kv_cache, Tensor slots) -> Tensor")
+    library.define("attend_unseen(Tensor q, Tensor k, Tensor v, str layer) -> Tensor")
+
+    def store(k, v, kv_cache, slots):
+        for row, slot in enumerate(slots.tolist()):
+            for cache, value in zip(kv_cache, (k, v), strict=True):
+                cache.view(-1, value.shape[1])[slot] = value[row]
+
+    def attend(q, k, v, kv_cache, slots):
+        store(k, v, kv_cache, slots)
+        return 2 * q + kv_cache.sum()
+
+    library.impl("store", store, "CPU")
+    library.impl("attend", attend, "CPU")
+    library.impl("attend_unseen", lambda q, *_: 2 * q, "CPU")
+    for name in ("attend", "attend_unseen"):
+        torch.library.register_fake(f"opaque_engine::{name}", lambda q, *_: torch.empty_like(q), lib=library)
+    yield torch.ops.opaque_engine
+    library._destroy()
+
+
+def store_meaning(k, v, kv_cache, slots):
+    """The cache in another shape than it has."""
+    rows = kv_cache.view(2, -1, k.shape[1])
+    rows[0, slots], rows[1, slots] = k, v
+
+
+def attend_meaning(q, k, v, kv_cache, slots):
+    store_meaning(k, v, kv_cache, slots)
+    return 2 * q + kv_cache.sum()
+
+
+def in_cache(given):
+    given["slots"].copy_(torch.randperm(BLOCKS * BLOCK_SIZE)[: len(given["slots"])])
+
+
+class Engine(OneTensor):
+    """`attention(q, k, v, kv_cache, slots)` stores, and gives what the output projection gets; all of it flat."""
+
+    def __init__(self, attention) -> None:
+        super().__init__(lambda kv: kv)
+        self.attention = attention
+
+    def forward(self, x, positions, slots, kv_cache):
+        q, k, v = self.split(self.project(x))
+        cos, sin = self.angles(positions)
+        q = self.rotate(self.norm(q, self.q_weight), cos, sin)
+        k = self.rotate(self.norm(k, self.k_weight), cos, sin)
+        return self.o_proj(self.attention(*(part.flatten(1) for part in (q, k, v)), kv_cache, slots))
+
+
+def only_stores(q, k, v, kv_cache, slots):
+    torch.ops.opaque_engine.store(k, v, kv_cache, slots)
+    return q
+
+
+def attends(q, k, v, kv_cache, slots):
+    return torch.ops.opaque_engine.attend(q, k, v, kv_cache, slots)
+
+
+def attends_unseen(q, k, v, kv_cache, slots):
+    return torch.ops.opaque_engine.attend_unseen(q, k, v, "layers.0")
+
+
+def attends_in_vllm(q, k, v, kv_cache, slots):
+    out = torch.empty_like(q)
+    torch.ops.vllm.unified_attention_with_output(q, k, v, out, "layers.0")
+    return out
+
+
+def engine_arguments():
+    *rest, slots, kv_cache = given((2, BLOCKS, *NHD))
+    return *rest, slots.clamp(min=0), kv_cache
+
+
+@pytest.mark.parametrize(
+    ("attention", "meaning", "left"), [(only_stores, store_meaning, 0), (attends, attend_meaning, 1)]
+)
+def test_an_operation_of_ones_own(attention, meaning, left, engine, graphs):
+    """Attention that stores as well stays, and stores the same once more; norm and rotation are in the call."""
+    op = engine.store if attention is only_stores else engine.attend
+    args, model = engine_arguments(), Engine(attention)
+    with fx_fusion.declare_meaning(op, meaning, example=in_cache):
+        outcome = run(model, args)
+    assert len(outcome.report.fused) == 1, outcome.report
+    text = str(graphs[-1])
+    assert text.count("fx_fusion.qk_norm_rope_cache.default") == 1
+    assert text.count("opaque_engine.") == left
+    expected = [tensor.clone() for tensor in args]
+    with torch.no_grad():
+        torch.testing.assert_close(outcome.outputs, model(*expected))
+    assert torch.equal(outcome.state[1][-1], expected[-1])
+
+
+@pytest.mark.parametrize(
+    ("attention", "code", "told"),
+    [
+        (only_stores, "store.unknown_writer", 'fx_fusion.declare_meaning("opaque_engine::store", …)'),
+        (attends, "store.unknown_writer", "is written by opaque_engine.attend.default, an opaque operation"),
+        (attends_unseen, "store.missing", "if the opaque operation opaque_engine.attend_unseen.default stores keys"),
+        (attends_in_vllm, "meaning.hidden", "norm and rotation are not fused without the store"),
+    ],
+    ids=lambda each: getattr(each, "__name__", ""),
+)
+def test_a_store_that_the_graph_does_not_show_is_named(attention, code, told, engine):
+    """In one line, at the line that calls it."""
+    report = assert_declines(Engine(attention), engine_arguments(), code=code)
+    (layer,) = report.declined
+    assert told in layer.reason
+    assert "test_opaque_stores.py:" in layer.source
+
+
+def test_attention_in_vllm_is_not_named_beside_the_store_that_is():
+    def attends_after(q, k, v, kv_cache, slots):
+        dependence = torch.ops.vllm.unified_kv_cache_update(k, v, "layers.0")
+        return attends_in_vllm(q, k, v, kv_cache, slots) + dependence.sum()
+
+    (layer,) = fx_fusion.explain(Engine(attends_after), *engine_arguments()).declined
+    assert layer.code == "meaning.hidden" and "unified_kv_cache_update" in layer.reason
+
+
+def test_what_an_operation_writes_is_told_once(engine):
+    """Where its meaning is refused, the input that it writes is not a second reason."""
+    with fx_fusion.declare_meaning(engine.store, lambda k, v, kv_cache, slots: kv_cache.add_(1)):
+        (layer,) = assert_declines(Engine(only_stores), engine_arguments(), code="meaning.mismatch").declined
+    assert "kv_cache differs" in layer.reason
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

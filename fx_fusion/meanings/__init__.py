@@ -8,5 +8,8 @@ from fx_fusion.meanings import sglang, vllm
 #: By qualified name. What the user declares for the same operation comes first.
 READY_MADE: dict[str, Meaning] = {meaning.name: meaning for meaning in (*vllm.MEANINGS, *sglang.MEANINGS)}
 
-#: Operations that no meaning can be declared for, and why.
+#: Stores that no meaning can be declared for, and why.
 HIDDEN: dict[str, str] = vllm.HIDDEN
+
+#: Attention that stores keys and values itself, unless another operation does, and why that cannot be fused.
+HIDDEN_ATTENTION: dict[str, str] = {**vllm.HIDDEN_ATTENTION, **sglang.HIDDEN_ATTENTION}

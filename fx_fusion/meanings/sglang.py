@@ -4,7 +4,9 @@
   ``cuda_stream``);
 * what they compute: the docstrings of ``sgl-kernel/python/sgl_kernel/elementwise.py``. The float32 table holds the
   cosines first; q and q_rope are one tensor when the rotation is in place;
-* ``sglang::store_cache``: ``python/sglang/jit_kernel/kvcache.py`` (``reserved_skip_index`` in later versions).
+* ``sglang::store_cache``: ``python/sglang/jit_kernel/kvcache.py``, since then ``kernels/ops/kvcache/kvcache.py``
+  (``reserved_skip_index``: the slot of padding, 0 unless told otherwise);
+* ``sglang::unified_attention_with_output``: ``python/sglang/srt/layers/radix_attention.py``.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ import torch
 from torch import Tensor
 
 from fx_fusion.meaning import Meaning
-from fx_fusion.meanings.steps import rms_norm, rotate, table_rows
+from fx_fusion.meanings.steps import STORES_UNSEEN, rms_norm, rotate, table_rows
+
+HIDDEN_ATTENTION = {"sglang::unified_attention_with_output": STORES_UNSEEN}
 
 
 def rmsnorm(output: Tensor, input: Tensor, weight: Tensor, eps: float, enable_pdl: bool = False) -> None:
@@ -33,6 +37,15 @@ def fused_add_rmsnorm(input: Tensor, residual: Tensor, weight: Tensor, eps: floa
     total = input.float() + residual.float()
     residual.copy_(total)
     input.copy_(rms_norm(total, weight, eps))
+
+
+def gemma_fused_add_rmsnorm(
+    input: Tensor, residual: Tensor, weight: Tensor, eps: float, enable_pdl: bool = False
+) -> None:
+    """``sgl_kernel::gemma_fused_add_rmsnorm``: as `fused_add_rmsnorm`, but times ``1 + weight``."""
+    total = input.float() + residual.float()
+    residual.copy_(total)
+    input.copy_(rms_norm(total, weight, eps, gemma=True))
 
 
 def apply_rope_pos_ids_cos_sin_cache(
@@ -77,7 +90,7 @@ def store_cache(
     reserved_skip_index: int = -1,
 ) -> None:
     """``sglang::store_cache(Tensor k, Tensor v, Tensor! k_cache, Tensor! v_cache, Tensor indices, *, …) -> ()``, all
-    [N, H * D]; nothing is stored at `reserved_skip_index`, where a version has it.
+    [N, H * D]; nothing is stored at `reserved_skip_index`, which only later versions have.
     """
     for source, cache in ((k, k_cache), (v, v_cache)):
         stored = source
@@ -91,13 +104,18 @@ def _in_table(given: dict[str, Any]) -> None:
 
 
 def _in_cache(given: dict[str, Any]) -> None:
-    given["indices"].copy_(torch.randperm(given["k_cache"].shape[0])[: given["indices"].numel()])
+    indices, slots = given["indices"], torch.randperm(given["k_cache"].shape[0])
+    reserved = given.get("reserved_skip_index", -1)
+    indices.copy_(slots[slots != reserved][: indices.numel()])
+    if reserved >= 0:
+        indices[-1] = reserved
 
 
 MEANINGS = (
     Meaning("sgl_kernel::rmsnorm.default", rmsnorm),
     Meaning("sgl_kernel::gemma_rmsnorm.default", gemma_rmsnorm),
     Meaning("sgl_kernel::fused_add_rmsnorm.default", fused_add_rmsnorm),
+    Meaning("sgl_kernel::gemma_fused_add_rmsnorm.default", gemma_fused_add_rmsnorm),
     Meaning("sgl_kernel::apply_rope_pos_ids_cos_sin_cache.default", apply_rope_pos_ids_cos_sin_cache, _in_table),
     Meaning("sglang::store_cache.default", store_cache, _in_cache),
 )

@@ -7,6 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+#: Of attention that finds its cache in a forward context.
+STORES_UNSEEN = (
+    "takes rotated queries and keys, and stores keys and values itself, in a cache from the forward context that is "
+    "not in the graph; the fused call stores what it rotates: norm and rotation are not fused without the store"
+)
+
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, gemma: bool = False) -> Tensor:
     """Over the last dimension, in float32, rounded once."""
@@ -59,11 +65,14 @@ def store_kept_slots(cache: Tensor, slots: Tensor, value: Tensor) -> None:
         slots: [T], a slot is ``block * block_size + offset``
         value: [T, H, D]
     """
-    kept = (slots >= 0).unsqueeze(-1).unsqueeze(-1)
     block_size = cache.shape[1]
     if cache.stride(0) == block_size * cache.stride(1):
-        rows = cache.view(-1, *cache.shape[2:])
-        rows[slots] = torch.where(kept, value, rows[slots])
+        store_where(slots >= 0, cache.view(-1, *cache.shape[2:]), (slots,), value)
     else:
-        blocks, offsets = slots // block_size, slots % block_size
-        cache[blocks, offsets] = torch.where(kept, value, cache[blocks, offsets])
+        store_where(slots >= 0, cache, (slots // block_size, slots % block_size), value)
+
+
+def store_where(kept: Tensor, cache: Tensor, index: tuple[Tensor | slice, ...], value: Tensor) -> None:
+    """``cache[index] = value`` for the tokens that are `kept`, [T]; `value` [T, ...]"""
+    kept = kept.reshape(-1, *[1] * (value.dim() - 1))
+    cache[index] = torch.where(kept, value, cache[index])

@@ -234,6 +234,16 @@ class ValuesFirst(SecondDimension):
         return kv_cache[:, 1], kv_cache[:, 0]
 
 
+class AsRows(FirstDimension):
+    """The tensor is first seen as [2, slots, Hk, D]."""
+
+    def parts(self, kv_cache):
+        return kv_cache.view(2, -1, NUM_KV_HEADS, HEAD_DIM).unbind(0)
+
+    def store(self, cache, slots, value):
+        cache[slots] = value
+
+
 class SideBySide(OneTensor):
     """[blocks, Hk, block_size, 2 * D]: the lanes of a key, then those of a value"""
 
@@ -255,6 +265,21 @@ def one_tensor_arguments(model):
 def test_keys_and_values_in_one_tensor(model, inner):
     report = assert_fuses(model(), one_tensor_arguments(model), count=1, inner=inner)
     assert len(report.fused) == 1
+
+
+def test_a_tensor_of_both_in_another_shape():
+    assert_fuses(AsRows(), one_tensor_arguments(AsRows), count=1)
+
+
+def test_a_tensor_of_both_with_its_dimensions_in_another_order_is_declined():
+    class Transposed(AsRows):
+        shape = (SLOTS, 2, NUM_KV_HEADS, HEAD_DIM)
+
+        def parts(self, kv_cache):
+            return kv_cache.transpose(0, 1)[0], kv_cache.transpose(0, 1)[1]
+
+    report = assert_declines(Transposed(), one_tensor_arguments(Transposed), code="store.cache_not_viewable")
+    assert "stored into arg6_1 with its dimensions in another order" in report.declined[0].reason
 
 
 def test_attention_reads_what_was_stored():
