@@ -14,6 +14,7 @@ from fx_fusion.decline import Decline
 from fx_fusion.facts import Facts
 from fx_fusion.kernels.cache_layout import Size
 from fx_fusion.kernels.contract import Problem, Target, mrope_section
+from fx_fusion.meanings.steps import WITHOUT_STORE
 from fx_fusion.overlap import may_overlap
 from fx_fusion.parts import Part, parts
 from fx_fusion.patterns import qk_norm_rope_cache as pattern
@@ -85,12 +86,8 @@ def _no_store(facts: Facts) -> Decline:
     attention = next((node for node in facts.nodes if node in facts.live and _takes_three(node)), None)
     if attention is None:
         return Decline("store.missing", f"{found}a cache that grows by concatenation (DynamicCache) stores nothing")
-    found += (
-        f"if the opaque operation {operation(attention)} stores keys and values itself, the graph does not show it. "
-    )
-    found += (
-        "The fused call stores what it rotates: store in an operation that takes the cache, and declare its meaning"
-    )
+    found += f"if the opaque operation {operation(attention)} stores keys and values itself, that cannot be fused. "
+    found += WITHOUT_STORE
     return Decline("store.missing", found, [attention])
 
 

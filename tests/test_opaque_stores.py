@@ -243,7 +243,7 @@ class TextRope(OneTensor):
         return self.norm(x.view(x.shape[0], -1, HEAD_DIM), weight).flatten(1)
 
 
-class QkNormRope(OneTensor):
+class FusedByVllm(OneTensor):
     """vLLM's own fusion of norm and rotation, on the packed projection; and the norm before, with its residual."""
 
     def __init__(self, *args) -> None:
@@ -265,7 +265,7 @@ class QkNormRope(OneTensor):
     ("model", "assumed", "left"),
     [
         (TextRope, ["_C_cache_ops::reshape_and_cache_flash", "vllm::mrope"], []),
-        (QkNormRope, ["_C::fused_qk_norm_rope", "_C_cache_ops::reshape_and_cache_flash"], ["_C.fused_add_rms_norm"]),
+        (FusedByVllm, ["_C::fused_qk_norm_rope", "_C_cache_ops::reshape_and_cache_flash"], ["_C.fused_add_rms_norm"]),
     ],
     ids=lambda each: each.__name__ if isinstance(each, type) else "",
 )
@@ -386,7 +386,11 @@ def test_an_operation_of_ones_own(attention, meaning, left, engine, graphs):
         (only_stores, "store.unknown_writer", 'fx_fusion.declare_meaning("opaque_engine::store", …)'),
         (attends, "store.unknown_writer", "is written by opaque_engine.attend.default, an opaque operation"),
         (attends_unseen, "store.missing", "if the opaque operation opaque_engine.attend_unseen.default stores keys"),
-        (attends_in_vllm, "meaning.hidden", "norm and rotation are not fused without the store"),
+        (
+            attends_in_vllm,
+            "meaning.hidden",
+            "so the store cannot be fused. Norm and rotation can: fx_fusion.regis",
+        ),
     ],
     ids=lambda each: getattr(each, "__name__", ""),
 )
@@ -396,6 +400,16 @@ def test_a_store_that_the_graph_does_not_show_is_named(attention, code, told, en
     (layer,) = report.declined
     assert told in layer.reason
     assert "test_opaque_stores.py:" in layer.source
+
+
+@pytest.mark.parametrize("attention", [attends_unseen, attends_in_vllm], ids=lambda fn: fn.__name__)
+def test_norm_and_rotation_are_fused_without_the_store(attention, engine, graphs):
+    """As the report says."""
+    handle = fx_fusion.register_fusion(fx_fusion.QkNormRope())
+    report = assert_fuses(Engine(attention), engine_arguments(), count=1)
+    assert report.fused[0].fusion == "qk_norm_rope"
+    assert len(re.findall(r"unified_attention_with_output\.default|attend_unseen\.default", str(graphs[-1]))) == 1
+    handle.remove()
 
 
 def test_attention_in_vllm_is_not_named_beside_the_store_that_is():

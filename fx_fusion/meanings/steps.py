@@ -7,10 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+#: What can be had where the store is out of sight.
+WITHOUT_STORE = "Norm and rotation can: fx_fusion.register_fusion(fx_fusion.QkNormRope())"
+
 #: Of attention that finds its cache in a forward context.
 STORES_UNSEEN = (
-    "takes rotated queries and keys, and stores keys and values itself, in a cache from the forward context that is "
-    "not in the graph; the fused call stores what it rotates: norm and rotation are not fused without the store"
+    "stores keys and values itself, in a cache from the forward context that is not in the graph, so the store cannot "
+    f"be fused. {WITHOUT_STORE}"
 )
 
 

@@ -28,6 +28,7 @@ from torch import Tensor
 from fx_fusion.meaning import Meaning
 from fx_fusion.meanings.steps import (
     STORES_UNSEEN,
+    WITHOUT_STORE,
     mix_axes,
     rms_norm,
     rotate,
@@ -36,10 +37,12 @@ from fx_fusion.meanings.steps import (
     table_rows,
 )
 
-_FORWARD_CONTEXT = "takes cache and slots from vLLM's forward context; they are not in the graph, so it cannot be fused"
+_FORWARD_CONTEXT = (
+    "takes cache and slots from vLLM's forward context; they are not in the graph, so the store cannot be fused"
+)
 
 HIDDEN = {
-    "vllm::unified_kv_cache_update": _FORWARD_CONTEXT,
+    "vllm::unified_kv_cache_update": f"{_FORWARD_CONTEXT}. {WITHOUT_STORE}",
     "vllm::unified_mla_kv_cache_update": _FORWARD_CONTEXT,
     "vllm::fused_rope_and_unified_kv_cache_update": _FORWARD_CONTEXT,
 }
