@@ -73,6 +73,12 @@ class QkNormRopeCache:
         _check_apart(facts, match)
         check_old_cache(facts, stores, match.operands)
 
+    def stores(self, match: Match) -> tuple[list[Node], set[Node]]:
+        """What writes the caches, and all that a call replaces."""
+        stores = [match.key_store.store, match.value_store.store]
+        scatters = [scatter for store in stores for scatter in store.scatters]
+        return [store.writer for store in stores], {*match.results, *scatters}
+
     def parts(self, facts: Facts, match: Match) -> dict[Node, Part]:
         """The part that each node plays, for ``explain``."""
         return parts(facts, match)

@@ -20,6 +20,7 @@ CODES: dict[str, str] = {
     "meaning.schema": "A declared meaning does not take the arguments that this version of the operation has.",
     "meaning.in_place": "An operation with a declared meaning writes in place; a functionalised graph is expected.",
     "meaning.views": "What an operation writes are views that overlap, or that are no rectangular part of a tensor.",
+    "meaning.stays": "An operation stores keys and values and does more than that: it would stay and store again.",
     "meaning.raises": "A declared meaning raised, or cannot be traced.",
     "meaning.outputs": "A declared meaning gives other shapes or dtypes than the operation does.",
     "meaning.mismatch": "An operation and its declared meaning gave different results when both were run.",

@@ -214,6 +214,9 @@ def _read(
         eligible = fusion.eligible(match)
         with reaching("placement"):
             fusion.check(facts, match)
+            stores = getattr(fusion, "stores", None)  # not every fusion writes a cache
+            if stores is not None:
+                inlined.check_stores(facts.live, *stores(match))
     except Decline as decline:
         return _declined(fusion.name, decline, candidate.anchor), None
     except Exception as error_:

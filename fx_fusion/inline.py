@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from fx_fusion.emit import Emitter, fake_mode_of, value_of
 from fx_fusion.meaning import MEANINGS, Meaning, signature_mismatch
 from fx_fusion.meaning_trace import NoMeaning, TracedMeaning, complete, is_input, trace
 from fx_fusion.meanings import HIDDEN, HIDDEN_ATTENTION
+from fx_fusion.meanings.steps import WITHOUT_STORE
 from fx_fusion.opset import aten
 from fx_fusion.region import strip_aliases
 from fx_fusion.sizes import Sizes, admissible_sizes
@@ -70,6 +71,21 @@ class _Expansion:
                 changed.append(user)
         self.redirected.clear()
         return changed
+
+    def kept(self, live: Set[Node], replaced: Set[Node]) -> Node | None:
+        """What else the operation computes, besides `replaced`, that is used outside; None if nothing is."""
+        own = set(self.inserted)
+        stack = [now for _, _, now in self.results if any(user in live and user not in own for user in now.users)]
+        seen: set[Node] = set()
+        while stack:
+            node = stack.pop()
+            if node in seen or node in replaced or node not in own:
+                continue
+            seen.add(node)
+            if not (opset.is_movement(node) or node.target is aten.slice_scatter.default):
+                return node
+            stack.extend(node.all_input_nodes)
+        return None
 
     def is_needed(self, live: set[Node], known: set[Node]) -> bool:
         """Does something live read a result that is still computed here, rather than moved out of a fused call?
@@ -125,6 +141,21 @@ class Inlined:
                 found[self._of[node].assumption] = None
                 stack.extend(node.all_input_nodes)
         return sorted(found)
+
+    def check_stores(self, live: Set[Node], writers: Iterable[Node], replaced: Set[Node]) -> None:
+        """An operation that stores what a call is to store must do nothing else: it would stay and store once more,
+        into the cache as it was, which would be copied.
+
+        Raises:
+            Decline: ``meaning.stays``
+        """
+        for expansion in [self._of[writer] for writer in writers if writer in self._of]:
+            kept = expansion.kept(live, replaced)
+            if kept is not None:
+                found = (
+                    f"{expansion.call.op} stores, and computes more than that ({kept}), so the store cannot be fused"
+                )
+                raise Decline("meaning.stays", f"{found}. {WITHOUT_STORE}", [expansion.call.node])
 
     def restore(self, *, rewritten: bool) -> None:
         """Put back every operation whose results are still needed; what stands in its place becomes dead.

@@ -160,7 +160,7 @@ def _reorders(node: Node) -> bool:
 
 def strip_views(node: Any, *, keep_rows: bool = False) -> Node:
     """The value that `node` is moved from; with `keep_rows`, no further than where rows are dropped."""
-    while opset.is_movement(node) and not (keep_rows and drops_rows(node)):
+    while opset.is_movement(node) and not _is_one_of_several(node) and not (keep_rows and drops_rows(node)):
         node = node.args[0]
     return _node(node)
 
@@ -188,10 +188,12 @@ def strip_aliases(node: Any) -> Node:
 
 
 def _is_alias(node: Node) -> bool:
-    if node.op != "call_function" or node.target not in opset.VIEW:
-        return False
-    # One of several results is an alias only if they all are.
-    return node.target is not operator.getitem or _node(node.args[0]).target in opset.VIEW
+    return node.op == "call_function" and node.target in opset.VIEW and not _is_one_of_several(node)
+
+
+def _is_one_of_several(node: Node) -> bool:
+    """Is `node` one of the results of an operation that is no view?"""
+    return node.target is operator.getitem and _node(node.args[0]).target not in opset.VIEW
 
 
 def alias_steps(base: Node, view: Node) -> list[Node]:

@@ -361,23 +361,18 @@ def engine_arguments():
     return *rest, slots.clamp(min=0), kv_cache
 
 
-@pytest.mark.parametrize(
-    ("attention", "meaning", "left"), [(only_stores, store_meaning, 0), (attends, attend_meaning, 1)]
-)
-def test_an_operation_of_ones_own(attention, meaning, left, engine, graphs):
-    """Attention that stores as well stays, and stores the same once more; norm and rotation are in the call."""
-    op = engine.store if attention is only_stores else engine.attend
-    args, model = engine_arguments(), Engine(attention)
-    with fx_fusion.declare_meaning(op, meaning, example=in_cache):
-        outcome = run(model, args)
-    assert len(outcome.report.fused) == 1, outcome.report
-    text = str(graphs[-1])
-    assert text.count("fx_fusion.qk_norm_rope_cache.default") == 1
-    assert text.count("opaque_engine.") == left
-    expected = [tensor.clone() for tensor in args]
-    with torch.no_grad():
-        torch.testing.assert_close(outcome.outputs, model(*expected))
-    assert torch.equal(outcome.state[1][-1], expected[-1])
+def test_a_store_of_ones_own(functionalised, engine, graphs):
+    args, model = engine_arguments(), Engine(only_stores)
+    with fx_fusion.declare_meaning(engine.store, store_meaning, example=in_cache):
+        fuses_bit_for_bit(model, args, 1, graphs)
+    assert "opaque_engine." not in str(graphs[-1])
+
+
+def test_attention_that_stores_as_well_is_declined_by_name(functionalised, engine):
+    """It would stay for what it returns, and store once more, into a copy of the cache."""
+    with fx_fusion.declare_meaning(engine.attend, attend_meaning, example=in_cache):
+        (layer,) = assert_declines(Engine(attends), engine_arguments(), code="meaning.stays").declined
+    assert re.search(r"opaque_engine.attend.default stores, and computes more \(attend_add\w*\)", layer.reason)
 
 
 @pytest.mark.parametrize(
@@ -402,13 +397,14 @@ def test_a_store_that_the_graph_does_not_show_is_named(attention, code, told, en
     assert "test_opaque_stores.py:" in layer.source
 
 
-@pytest.mark.parametrize("attention", [attends_unseen, attends_in_vllm], ids=lambda fn: fn.__name__)
+@pytest.mark.parametrize("attention", [attends, attends_unseen, attends_in_vllm], ids=lambda fn: fn.__name__)
 def test_norm_and_rotation_are_fused_without_the_store(attention, engine, graphs):
-    """As the report says."""
+    """As the report says, of which attention is left."""
     handle = fx_fusion.register_fusion(fx_fusion.QkNormRope())
-    report = assert_fuses(Engine(attention), engine_arguments(), count=1)
+    with fx_fusion.declare_meaning(engine.attend, attend_meaning, example=in_cache):
+        report = assert_fuses(Engine(attention), engine_arguments(), count=1)
     assert report.fused[0].fusion == "qk_norm_rope"
-    assert len(re.findall(r"unified_attention_with_output\.default|attend_unseen\.default", str(graphs[-1]))) == 1
+    assert len(re.findall(r"unified_attention_with_output\.default|opaque_engine\.", str(graphs[-1]))) == 1
     handle.remove()
 
 

@@ -279,7 +279,7 @@ def test_a_tensor_of_both_with_its_dimensions_in_another_order_is_declined():
             return kv_cache.transpose(0, 1)[0], kv_cache.transpose(0, 1)[1]
 
     report = assert_declines(Transposed(), one_tensor_arguments(Transposed), code="store.cache_not_viewable")
-    assert "stored into arg6_1 with its dimensions in another order" in report.declined[0].reason
+    assert report.declined[0].reason.endswith("_1 with its dimensions in another order")
 
 
 def test_attention_reads_what_was_stored():
