@@ -29,19 +29,21 @@ def qk_norm_rope_cache(
     k_block_stride, k_slot_stride, k_cache_head_stride, k_lane_stride, k_slot_group_stride, k_lane_group_stride,
     v_cache_offset, v_num_blocks, v_block_size,
     v_block_stride, v_slot_stride, v_cache_head_stride, v_lane_stride, v_slot_group_stride, v_lane_group_stride,
-    ONE_SEQUENCE: tl.constexpr, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    ROTARY_DIM: tl.constexpr, REST_WIDTH: tl.constexpr,
-    IS_NEOX: tl.constexpr, Q_EPS: tl.constexpr, K_EPS: tl.constexpr, GEMMA_NORM: tl.constexpr,
-    ANGLE_PER_LANE: tl.constexpr, NUM_AXES: tl.constexpr, AXES: tl.constexpr, SAME_ROWS: tl.constexpr,
+    ONE_SEQUENCE: tl.constexpr, HEADS_ALIKE: tl.constexpr, ANGLES_ALIKE: tl.constexpr, NARROW: tl.constexpr,
+    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr,
+    REST_WIDTH: tl.constexpr, IS_NEOX: tl.constexpr, Q_EPS: tl.constexpr, K_EPS: tl.constexpr,
+    GEMMA_NORM: tl.constexpr, ANGLE_PER_LANE: tl.constexpr, NUM_AXES: tl.constexpr, AXES: tl.constexpr,
     SKIP_NEGATIVE_SLOTS: tl.constexpr, SATURATE: tl.constexpr, K_SCALE: tl.constexpr, V_SCALE: tl.constexpr,
     K_SLOT_GROUP: tl.constexpr, K_LANE_GROUP: tl.constexpr, V_SLOT_GROUP: tl.constexpr, V_LANE_GROUP: tl.constexpr,
     K_FLOAT8: tl.constexpr, V_FLOAT8: tl.constexpr, CONVERTS_FLOAT8: tl.constexpr,
-    TOKENS: tl.constexpr, HEADS: tl.constexpr, ALL_HEADS: tl.constexpr, HEADS_AHEAD: tl.constexpr,
+    TOKENS: tl.constexpr, HEADS: tl.constexpr, ALL_HEADS: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     live = token < num_tokens
     # One sequence is told apart, since a division costs more than all of a program's other index arithmetic.
     batch, seq = (tl.zeros_like(token), token) if ONE_SEQUENCE else (token // seq_len, token % seq_len)
+    # Offsets of 31 bits take half the instructions of 63. A cache may be larger than they reach.
+    INDEX: tl.constexpr = tl.int32 if NARROW else tl.int64
     # A launch with a symbolic number of tokens decides by that number how many of HEADS a program serves.
     heads = HEADS if ALL_HEADS else heads_per_program
     # No head is left over: nothing to ask.
@@ -54,110 +56,102 @@ def qk_norm_rope_cache(
     is_v = group >= q_groups + kv_groups
     first_head = (group if is_q else group - q_groups - kv_groups if is_v else group - q_groups) * heads
     last_head = min(first_head + heads, NUM_HEADS if is_q else NUM_KV_HEADS)
-    if HEADS_AHEAD:
-        # Few programs all wait for memory. In one block with the angles, heads would be asked for only when positions
-        # have come: so the assembler orders loads. Ahead of any branch, heads are on their way by then.
-        ahead = _load_heads(
-            tl.where(is_q, q, tl.where(is_v, v, k)),
-            q_batch_stride if is_q else v_batch_stride if is_v else k_batch_stride,
-            q_token_stride if is_q else v_token_stride if is_v else k_token_stride,
-            q_head_stride if is_q else v_head_stride if is_v else k_head_stride,
-            batch, seq, live, first_head, last_head, HEADS, EVEN, HEAD_DIM, ROTARY_DIM, REST_WIDTH, IS_NEOX,
-        )  # fmt: skip
+    # Heads of one projection have one set of strides: nothing to choose.
+    batch_stride, token_stride, head_stride = q_batch_stride, q_token_stride, q_head_stride
+    if not HEADS_ALIKE:
+        batch_stride = q_batch_stride if is_q else v_batch_stride if is_v else k_batch_stride
+        token_stride = q_token_stride if is_q else v_token_stride if is_v else k_token_stride
+        head_stride = q_head_stride if is_q else v_head_stride if is_v else k_head_stride
+    rows = _token(batch, batch_stride, seq, token_stride, INDEX)
     if not is_v:
-        # q and k take one path: less code to fetch, which is half the time of a small launch.
-        if HEADS_AHEAD:
-            loaded = ahead
-        else:
-            # All loads of heads come before their first use, so that they are in flight together.
-            loaded = _load_heads(
-                tl.where(is_q, q, k), q_batch_stride if is_q else k_batch_stride,
-                q_token_stride if is_q else k_token_stride, q_head_stride if is_q else k_head_stride,
-                batch, seq, live, first_head, last_head, HEADS, EVEN, HEAD_DIM, ROTARY_DIM, REST_WIDTH, IS_NEOX,
-            )  # fmt: skip
+        # q and k take one path: less code to fetch, which is half the time of a small launch. All loads of heads come
+        # before their first use, so that they are in flight together.
+        source = tl.where(is_q, q, k)
+        loaded = ()
+        for turn in tl.static_range(HEADS):
+            here = live if EVEN else live & (first_head + turn < last_head)
+            head_rows = rows + (first_head + turn) * head_stride
+            loaded += (_load_head(source, head_rows, here, HEAD_DIM, ROTARY_DIM, REST_WIDTH, IS_NEOX),)
         weight = q_weight
         if q_weight is not None:
             weight = q_weight if is_q else k_weight
-        eps = Q_EPS
-        if Q_EPS is not None:
-            eps = Q_EPS if is_q else K_EPS
         factors, angles = _load_factors(
             weight, cos, sin, positions, batch, seq, live,
             cos_batch_stride, cos_row_stride, cos_lane_stride, sin_batch_stride, sin_row_stride, sin_lane_stride,
             cos_table_rows, sin_table_rows, positions_axis_stride, positions_batch_stride, positions_token_stride,
-            HEAD_DIM, ROTARY_DIM, REST_WIDTH, IS_NEOX, GEMMA_NORM, ANGLE_PER_LANE, NUM_AXES, AXES, SAME_ROWS,
+            HEAD_DIM, ROTARY_DIM, REST_WIDTH, IS_NEOX, GEMMA_NORM, ANGLE_PER_LANE, NUM_AXES, AXES, ANGLES_ALIKE, INDEX,
         )  # fmt: skip
+        eps = Q_EPS
+        if Q_EPS is not None:
+            eps = Q_EPS if is_q else K_EPS
+        # All heads before any is stored: where none is left over that is one run of code, in which the sum of one head
+        # overlaps that of another.
+        rotated = ()
+        for turn in tl.static_range(HEADS):
+            head = loaded[turn]
+            if EVEN or first_head + turn < last_head:
+                head = _norm_rope(head, factors, angles, eps, HEAD_DIM, ROTARY_DIM, REST_WIDTH)
+            rotated += (head,)
         if is_q:
-            q_out_rows = q_out + token.to(tl.int64) * (NUM_HEADS * HEAD_DIM)
             for turn in tl.static_range(HEADS):
-                if EVEN or first_head + turn < last_head:
-                    rotated = _norm_rope(loaded[turn], factors, angles, eps, HEAD_DIM, ROTARY_DIM, REST_WIDTH)
-                    head_rows = q_out_rows + (first_head + turn) * HEAD_DIM
-                    _store_head(head_rows, live, rotated, 1, 0, 0, HEAD_DIM, ROTARY_DIM, REST_WIDTH, IS_NEOX)
+                here = live if EVEN else live & (first_head + turn < last_head)
+                q_rows = q_out + (token.to(INDEX) * NUM_HEADS + first_head + turn) * HEAD_DIM
+                _store_head(q_rows, here, rotated[turn], 1, 0, 0, HEAD_DIM, ROTARY_DIM, REST_WIDTH, IS_NEOX)
         else:
             # Loaded here: PyTorch takes a pointer that goes into a function which returns an address for written to.
-            slot = tl.load(slots + _token(batch, slots_batch_stride, seq, slots_token_stride), mask=live, other=0)
+            slot = tl.load(
+                slots + _token(batch, slots_batch_stride, seq, slots_token_stride, INDEX), mask=live, other=0
+            )
             block = batch
             if blocks is not None:
-                block = tl.load(
-                    blocks + _token(batch, blocks_batch_stride, seq, blocks_token_stride), mask=live, other=0
-                )
+                block_place = _token(batch, blocks_batch_stride, seq, blocks_token_stride, INDEX)
+                block = tl.load(blocks + block_place, mask=live, other=0)
             place, stored = _cache_place(
                 slot, block, live, k_num_blocks, k_block_size, k_block_stride, k_slot_stride, k_slot_group_stride,
                 K_SLOT_GROUP, SKIP_NEGATIVE_SLOTS, blocks is not None,
             )  # fmt: skip
-            k_cache_rows = _bytes(k_cache + k_cache_offset + place, K_FLOAT8)
+            k_rows = _bytes(k_cache, K_FLOAT8) + k_cache_offset + place
             for turn in tl.static_range(HEADS):
-                if EVEN or first_head + turn < last_head:
-                    rotated = _norm_rope(loaded[turn], factors, angles, eps, HEAD_DIM, ROTARY_DIM, REST_WIDTH)
-                    if k_out is not None:
-                        k_out_rows = k_out + (token.to(tl.int64) * NUM_KV_HEADS + first_head + turn) * HEAD_DIM
-                        _store_head(k_out_rows, live, rotated, 1, 0, 0, HEAD_DIM, ROTARY_DIM, REST_WIDTH, IS_NEOX)
-                    _store_head(
-                        k_cache_rows + (first_head + turn) * k_cache_head_stride, stored,
-                        _to_cache(rotated, k_scale, k_cache, K_SCALE, K_FLOAT8, SATURATE, CONVERTS_FLOAT8, PARTS),
-                        k_lane_stride, k_lane_group_stride, K_LANE_GROUP, HEAD_DIM, ROTARY_DIM, REST_WIDTH, IS_NEOX,
-                    )  # fmt: skip
+                if k_out is not None:
+                    here = live if EVEN else live & (first_head + turn < last_head)
+                    k_out_rows = k_out + (token.to(INDEX) * NUM_KV_HEADS + first_head + turn) * HEAD_DIM
+                    _store_head(k_out_rows, here, rotated[turn], 1, 0, 0, HEAD_DIM, ROTARY_DIM, REST_WIDTH, IS_NEOX)
+                _store_head(
+                    k_rows + (first_head + turn).to(tl.int64) * k_cache_head_stride,
+                    stored if EVEN else stored & (first_head + turn < last_head),
+                    _to_cache(rotated[turn], k_scale, k_cache, K_SCALE, K_FLOAT8, SATURATE, CONVERTS_FLOAT8, PARTS),
+                    k_lane_stride, k_lane_group_stride, K_LANE_GROUP, HEAD_DIM, ROTARY_DIM, REST_WIDTH, IS_NEOX,
+                )  # fmt: skip
     else:
-        # Loaded here: PyTorch takes a pointer that goes into a function which returns an address for written to.
-        slot = tl.load(slots + _token(batch, slots_batch_stride, seq, slots_token_stride), mask=live, other=0)
+        values = ()
+        for turn in tl.static_range(HEADS):
+            here = live if EVEN else live & (first_head + turn < last_head)
+            values += (_load_lanes(v, rows + (first_head + turn) * head_stride, here, 0, HEAD_DIM, 1),)
+        # Loaded here for the same reason.
+        slot = tl.load(slots + _token(batch, slots_batch_stride, seq, slots_token_stride, INDEX), mask=live, other=0)
         block = batch
         if blocks is not None:
-            block = tl.load(blocks + _token(batch, blocks_batch_stride, seq, blocks_token_stride), mask=live, other=0)
+            block_place = _token(batch, blocks_batch_stride, seq, blocks_token_stride, INDEX)
+            block = tl.load(blocks + block_place, mask=live, other=0)
         place, stored = _cache_place(
             slot, block, live, v_num_blocks, v_block_size, v_block_stride, v_slot_stride, v_slot_group_stride,
             V_SLOT_GROUP, SKIP_NEGATIVE_SLOTS, blocks is not None,
         )  # fmt: skip
         # Where one tensor holds both caches, it is passed once.
-        v_base = k_cache if v_cache is None else v_cache
-        v_cache_rows = _bytes(v_base + v_cache_offset + place, V_FLOAT8)
-        if HEADS_AHEAD:
-            values = ahead
-            for turn in tl.static_range(HEADS):
-                _store_head(
-                    v_cache_rows + (first_head + turn) * v_cache_head_stride,
-                    stored if EVEN else stored & (first_head + turn < last_head),
-                    _to_cache(values[turn], v_scale, v_base, V_SCALE, V_FLOAT8, SATURATE, CONVERTS_FLOAT8, PARTS),
-                    v_lane_stride, v_lane_group_stride, V_LANE_GROUP, HEAD_DIM, ROTARY_DIM, REST_WIDTH, IS_NEOX,
-                )  # fmt: skip
-        else:
-            v_rows = v + _token(batch, v_batch_stride, seq, v_token_stride)
-            values = ()
-            for turn in tl.static_range(HEADS):
-                here = live if EVEN else live & (first_head + turn < last_head)
-                values += (_load_lanes(v_rows + (first_head + turn) * v_head_stride, here, 0, HEAD_DIM, 1),)
-            stored_values = _to_cache(values, v_scale, v_base, V_SCALE, V_FLOAT8, SATURATE, CONVERTS_FLOAT8, HEADS)
-            for turn in tl.static_range(HEADS):
-                _store_lanes(
-                    v_cache_rows + (first_head + turn) * v_cache_head_stride,
-                    stored if EVEN else stored & (first_head + turn < last_head),
-                    stored_values[turn], 0, HEAD_DIM, v_lane_stride, v_lane_group_stride, V_LANE_GROUP,
-                )  # fmt: skip
+        cache = k_cache if v_cache is None else v_cache
+        v_rows = _bytes(cache, V_FLOAT8) + v_cache_offset + place
+        stored_values = _to_cache(values, v_scale, cache, V_SCALE, V_FLOAT8, SATURATE, CONVERTS_FLOAT8, HEADS)
+        for turn in tl.static_range(HEADS):
+            _store_lanes(
+                v_rows + (first_head + turn).to(tl.int64) * v_cache_head_stride,
+                stored if EVEN else stored & (first_head + turn < last_head),
+                stored_values[turn], 0, HEAD_DIM, v_lane_stride, v_lane_group_stride, V_LANE_GROUP,
+            )  # fmt: skip
 
 
 @triton.jit
-def _token(batch, batch_stride, seq, seq_stride):
-    return batch.to(tl.int64) * batch_stride + seq.to(tl.int64) * seq_stride
+def _token(batch, batch_stride, seq, seq_stride, INDEX: tl.constexpr):
+    return batch.to(INDEX) * batch_stride + seq.to(INDEX) * seq_stride
 
 
 # --- norm and rotation --------------------------------------------------------------------------------------------
@@ -169,48 +163,47 @@ def _load_factors(
     cos_batch_stride, cos_row_stride, cos_lane_stride, sin_batch_stride, sin_row_stride, sin_lane_stride,
     cos_table_rows, sin_table_rows, positions_axis_stride, positions_batch_stride, positions_token_stride,
     HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, REST_WIDTH: tl.constexpr, IS_NEOX: tl.constexpr,
-    GEMMA_NORM: tl.constexpr,
-    ANGLE_PER_LANE: tl.constexpr, NUM_AXES: tl.constexpr, AXES: tl.constexpr, SAME_ROWS: tl.constexpr,
+    GEMMA_NORM: tl.constexpr, ANGLE_PER_LANE: tl.constexpr, NUM_AXES: tl.constexpr, AXES: tl.constexpr,
+    ANGLES_ALIKE: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
     """What all heads of a token share: the norm's weights, and cosine and sine for either lane of a pair."""
     PARTS: tl.constexpr = 2 + _rests(HEAD_DIM, ROTARY_DIM, REST_WIDTH)
     factors = (1.0,) * PARTS
     if weight is not None:
         # The same for every token, but loaded in the shape of the tile: nothing moves between threads later.
-        weights = _load_head(weight + tl.zeros_like(seq), live, HEAD_DIM, ROTARY_DIM, REST_WIDTH, IS_NEOX)
+        weights = _load_head(weight, tl.zeros_like(seq), live, HEAD_DIM, ROTARY_DIM, REST_WIDTH, IS_NEOX)
         factors = ()
         for part in tl.static_range(PARTS):
             factors += (_factor(weights[part], GEMMA_NORM),)
+    if ANGLES_ALIKE:
+        sin_batch_stride, sin_row_stride, sin_lane_stride = cos_batch_stride, cos_row_stride, cos_lane_stride
     if NUM_AXES == 0:
-        cos_rows = cos + _token(batch, cos_batch_stride, seq, cos_row_stride)
-        sin_rows = sin + _token(batch, sin_batch_stride, seq, sin_row_stride)
-        cos_first, cos_second = _load_angles(cos_rows, live, cos_lane_stride, ROTARY_DIM, IS_NEOX, ANGLE_PER_LANE)
-        sin_first, sin_second = _load_angles(sin_rows, live, sin_lane_stride, ROTARY_DIM, IS_NEOX, ANGLE_PER_LANE)
-        cos_first, cos_second = cos_first.to(tl.float32), cos_second.to(tl.float32)
+        cos_rows = _token(batch, cos_batch_stride, seq, cos_row_stride, INDEX)
+        sin_rows = _token(batch, sin_batch_stride, seq, sin_row_stride, INDEX)
+        cos_first, cos_second = _load_angles(cos, cos_rows, live, cos_lane_stride, ROTARY_DIM, IS_NEOX, ANGLE_PER_LANE)
+        sin_first, sin_second = _load_angles(sin, sin_rows, live, sin_lane_stride, ROTARY_DIM, IS_NEOX, ANGLE_PER_LANE)
     else:
         # Whole rows of every axis, from which each pair takes its own: a gather would load lane by lane.
-        pair_axis = _axis_of_pair(AXES, ROTARY_DIM)[None, :]
-        place = positions + _token(batch, positions_batch_stride, seq, positions_token_stride)
-        all_inside = live
+        place = _token(batch, positions_batch_stride, seq, positions_token_stride, INDEX)
         for axis in tl.static_range(NUM_AXES):
-            position = tl.load(place + axis * positions_axis_stride, mask=live, other=0)
-            cos_row, cos_inside = _table_row(position, live, cos_table_rows)
+            position = tl.load(positions + (place + axis * positions_axis_stride), mask=live, other=0)
+            cos_row, cos_inside = _table_row(position, live, cos_table_rows, INDEX)
             sin_row, sin_inside = cos_row, cos_inside
-            if not SAME_ROWS:
-                sin_row, sin_inside = _table_row(position, live, sin_table_rows)
-            all_inside = all_inside & cos_inside & sin_inside
-            cos_rows, sin_rows = cos + cos_row * cos_row_stride, sin + sin_row * sin_row_stride
-            c_first, c_second = _load_angles(cos_rows, cos_inside, cos_lane_stride, ROTARY_DIM, IS_NEOX, ANGLE_PER_LANE)
-            s_first, s_second = _load_angles(sin_rows, sin_inside, sin_lane_stride, ROTARY_DIM, IS_NEOX, ANGLE_PER_LANE)
+            if not ANGLES_ALIKE:
+                sin_row, sin_inside = _table_row(position, live, sin_table_rows, INDEX)
+            c_first, c_second = _load_angles(
+                cos, cos_row * cos_row_stride, cos_inside, cos_lane_stride, ROTARY_DIM, IS_NEOX, ANGLE_PER_LANE
+            )
+            s_first, s_second = _load_angles(
+                sin, sin_row * sin_row_stride, sin_inside, sin_lane_stride, ROTARY_DIM, IS_NEOX, ANGLE_PER_LANE
+            )
             if axis == 0:
                 cos_first, cos_second, sin_first, sin_second = c_first, c_second, s_first, s_second
             else:
-                here = pair_axis == axis
+                here = _pairs_of_axis(axis, AXES, ROTARY_DIM)[None, :]
                 cos_first, cos_second = tl.where(here, c_first, cos_first), tl.where(here, c_second, cos_second)
                 sin_first, sin_second = tl.where(here, s_first, sin_first), tl.where(here, s_second, sin_second)
-        # A position outside its table gives NaN in all that it turns, rather than a plausible number.
-        poison = tl.where(all_inside, 0.0, float("nan"))[:, None]
-        cos_first, cos_second = cos_first.to(tl.float32) + poison, cos_second.to(tl.float32) + poison
+    cos_first, cos_second = cos_first.to(tl.float32), cos_second.to(tl.float32)
     return factors, (cos_first, cos_second, sin_first.to(tl.float32), sin_second.to(tl.float32))
 
 
@@ -254,38 +247,52 @@ def _factor(weight, GEMMA_NORM: tl.constexpr):
 
 
 @triton.jit
-def _table_row(position, live, table_rows):
+def _table_row(position, live, table_rows, INDEX: tl.constexpr):
     """The row of a table, negative positions counting from its end, and whether there is such a row."""
-    # 32 bits are enough for a row, and a position that needs more is outside.
-    row = position.to(tl.int32)
-    inside = live & (row == position)
-    row = tl.where(row < 0, row + table_rows, row)
-    return row.to(tl.int64), inside & (row >= 0) & (row < table_rows)
+    low = position.to(tl.int32)
+    sign = low >> 31
+    row = low + (sign & table_rows)
+    # Without a sign, a row before the first is one beyond the last.
+    inside = live & (row.to(tl.uint32) < table_rows)
+    if position.dtype.primitive_bitwidth > 32:
+        # 32 bits are enough for a row, and a position that needs more is outside.
+        inside = inside & ((position >> 32).to(tl.int32) == sign)
+    return row.to(INDEX), inside
 
 
 @triton.jit
 def _load_angles(
-    rows, inside, lane_stride, ROTARY_DIM: tl.constexpr, IS_NEOX: tl.constexpr, ANGLE_PER_LANE: tl.constexpr
+    base, rows, inside, lane_stride, ROTARY_DIM: tl.constexpr, IS_NEOX: tl.constexpr, ANGLE_PER_LANE: tl.constexpr
 ):
-    """The angle's cosine or sine for the first and for the second lane of each pair."""
+    """The angle's cosine or sine for the first and for the second lane of each pair.
+
+    What is not inside is NaN: a position outside its table must not give a plausible number.
+    """
     if ANGLE_PER_LANE:
-        first, second = _load_pairs(rows, inside, lane_stride, ROTARY_DIM, IS_NEOX)
+        first, second = _load_pairs(base, rows, inside, lane_stride, ROTARY_DIM, IS_NEOX, float("nan"))
     else:
-        first = _load_lanes(rows, inside, 0, ROTARY_DIM // 2, lane_stride)
+        first = _load_lanes(base, rows, inside, 0, ROTARY_DIM // 2, lane_stride, float("nan"))
         second = first
     return first, second
 
 
 @triton.jit
-def _axis_of_pair(AXES: tl.constexpr, ROTARY_DIM: tl.constexpr):
-    """Unpack two bits a pair from the number AXES."""
+def _pairs_of_axis(axis: tl.constexpr, AXES: tl.constexpr, ROTARY_DIM: tl.constexpr):
+    """Which pairs turn by the position on `axis`: one bit each of the number AXES."""
     PAIRS: tl.constexpr = triton.next_power_of_2(ROTARY_DIM // 2)
+    WORDS: tl.constexpr = (PAIRS + 31) // 32
     pair = tl.arange(0, PAIRS)
-    axis = tl.zeros([PAIRS], tl.int32)
-    for word in tl.static_range((PAIRS + 14) // 15):
-        bits = (AXES >> (30 * word)) & 0x3FFFFFFF
-        axis = tl.where(pair // 15 == word, (bits >> (2 * (pair % 15))) & 3, axis)
-    return axis
+    bits = tl.full([PAIRS], _word(AXES, (axis - 1) * WORDS), tl.int32)
+    for word in tl.static_range(1, WORDS):
+        bits = tl.where(pair < 32 * word, bits, _word(AXES, (axis - 1) * WORDS + word))
+    return ((bits >> (pair % 32)) & 1) != 0
+
+
+@triton.constexpr_function
+def _word(number, index):
+    """So many 32 bits of a number, as a signed integer."""
+    bits = (number >> (32 * index)) & 0xFFFFFFFF
+    return bits - ((bits & 0x80000000) << 1)
 
 
 # --- the cache ----------------------------------------------------------------------------------------------------
@@ -400,11 +407,16 @@ def _lane_mask(live, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _load_lanes(rows, live, START: tl.constexpr, COUNT: tl.constexpr, stride):
-    """Lanes START … START + COUNT of each row, [TOKENS, next power of two], 0 beyond; rows not live are undefined."""
+def _load_lanes(base, rows, live, START: tl.constexpr, COUNT: tl.constexpr, stride, OTHER: tl.constexpr = None):
+    """Lanes START … START + COUNT of each row, [rows, next power of two], 0 beyond; rows are offsets from `base`.
+
+    Rows that are not live are OTHER, or undefined.
+    """
     lane = tl.arange(0, triton.next_power_of_2(COUNT))
-    pointers = rows[:, None] + ((START + lane) * stride)[None, :]
-    if triton.next_power_of_2(COUNT) != COUNT:
+    pointers = base + (rows[:, None] + (lane * stride)[None, :]) + START * stride
+    if OTHER is not None:
+        lanes = tl.load(pointers, mask=_lane_mask(live, COUNT), other=OTHER)
+    elif triton.next_power_of_2(COUNT) != COUNT:
         lanes = tl.load(pointers, mask=_lane_mask(live, COUNT), other=0.0)
     else:
         lanes = tl.load(pointers, mask=_lane_mask(live, COUNT))
@@ -418,45 +430,29 @@ def _rests(head_dim, rotary_dim, rest_width):
 
 
 @triton.jit
-def _load_heads(
-    source, batch_stride, token_stride, head_stride, batch, seq, live, first_head, last_head,
-    HEADS: tl.constexpr, EVEN: tl.constexpr,
-    HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, REST_WIDTH: tl.constexpr, IS_NEOX: tl.constexpr,
-):  # fmt: skip
-    """Each head of a program, of every token."""
-    rows = source + _token(batch, batch_stride, seq, token_stride)
-    heads = ()
-    for turn in tl.static_range(HEADS):
-        here = live if EVEN else live & (first_head + turn < last_head)
-        head_rows = rows + (first_head + turn) * head_stride
-        heads += (_load_head(head_rows, here, HEAD_DIM, ROTARY_DIM, REST_WIDTH, IS_NEOX),)
-    return heads
-
-
-@triton.jit
 def _load_head(
-    rows, live, HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, REST_WIDTH: tl.constexpr, IS_NEOX: tl.constexpr
+    base, rows, live, HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, REST_WIDTH: tl.constexpr, IS_NEOX: tl.constexpr
 ):
-    """One head of every token: the two lanes of each pair, and the lanes that do not rotate, REST_WIDTH at a time.
+    """One head in every row: the two lanes of each pair, and the lanes that do not rotate, REST_WIDTH at a time.
 
     Parts of one width are laid out alike, and need no exchange between threads where they are added.
     """
-    first, second = _load_pairs(rows, live, 1, ROTARY_DIM, IS_NEOX)
+    first, second = _load_pairs(base, rows, live, 1, ROTARY_DIM, IS_NEOX)
     head = (first, second)
     for part in tl.static_range(_rests(HEAD_DIM, ROTARY_DIM, REST_WIDTH)):
-        head += (_load_lanes(rows, live, ROTARY_DIM + part * REST_WIDTH, REST_WIDTH, 1),)
+        head += (_load_lanes(base, rows, live, ROTARY_DIM + part * REST_WIDTH, REST_WIDTH, 1),)
     return head
 
 
 @triton.jit
-def _load_pairs(rows, live, stride, ROTARY_DIM: tl.constexpr, IS_NEOX: tl.constexpr):
+def _load_pairs(base, rows, live, stride, ROTARY_DIM: tl.constexpr, IS_NEOX: tl.constexpr, OTHER: tl.constexpr = None):
     """The first and the second lane of each pair: half a rotation apart (neox), or neighbours (GPT-J)."""
     HALF: tl.constexpr = ROTARY_DIM // 2
     if IS_NEOX:
-        first = _load_lanes(rows, live, 0, HALF, stride)
-        second = _load_lanes(rows, live, HALF, HALF, stride)
+        first = _load_lanes(base, rows, live, 0, HALF, stride, OTHER)
+        second = _load_lanes(base, rows, live, HALF, HALF, stride, OTHER)
     else:
-        both = _load_lanes(rows, live, 0, ROTARY_DIM, stride)
+        both = _load_lanes(base, rows, live, 0, ROTARY_DIM, stride, OTHER)
         first, second = tl.split(tl.reshape(both, [both.shape[0], both.shape[1] // 2, 2]))
     return first, second
 
@@ -465,7 +461,10 @@ def _load_pairs(rows, live, stride, ROTARY_DIM: tl.constexpr, IS_NEOX: tl.conste
 def _store_lanes(
     rows, live, value, START: tl.constexpr, COUNT: tl.constexpr, stride, group_stride, GROUP: tl.constexpr
 ):
-    """The counterpart of _load_lanes. Lanes of a cache may lie in groups, as in aiter's shuffle layout."""
+    """The counterpart of _load_lanes, with pointers to rows.
+
+    Lanes of a cache may lie in groups, as in aiter's shuffle layout.
+    """
     lane = START + tl.arange(0, triton.next_power_of_2(COUNT))
     if GROUP > 0:
         offset = lane // GROUP * group_stride + lane % GROUP * stride

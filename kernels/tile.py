@@ -12,19 +12,17 @@ from fx_fusion.kernels.cache_layout import Size
 class Tile:
     """What one program serves: so many tokens and heads, with so many warps.
 
-    `heads_per_program` is None for all of `heads`, or an expression of a symbolic number of tokens. With `heads_ahead`
-    heads are loaded before anything else, which costs a large launch and helps a small one.
+    `heads_per_program` is None for all of `heads`, or an expression of a symbolic number of tokens.
     """
 
     tokens: int
     num_warps: int
     heads: int = 1
     heads_per_program: Size | None = None
-    heads_ahead: bool = False
 
     def __str__(self) -> str:
         warps = f"{self.num_warps} warp{'s' if self.num_warps > 1 else ''}"
-        return f"{self.tokens} x {self.heads}, {warps}{', heads ahead' if self.heads_ahead else ''}"
+        return f"{self.tokens} x {self.heads}, {warps}"
 
 
 #: Elements of one head that a thread holds: fewer are too little for one wide load, more leave processors without work.
@@ -41,6 +39,4 @@ def candidates(num_kv_heads: int, head_dim: int, wave_size: int) -> list[Tile]:
         # With more heads than k has, the programs of k and v mask most of their work off.
         if elements in _ELEMENTS and heads * elements <= _ALL_ELEMENTS and heads <= max(2, num_kv_heads):
             found.append(Tile(tokens, num_warps, heads))
-            if heads == 1:
-                found.append(Tile(tokens, num_warps, heads_ahead=True))
     return found

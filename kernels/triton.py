@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -83,22 +84,18 @@ def choose_tile(num_tokens: Size, num_heads: int, num_kv_heads: int, head_dim: i
         tile = tile_for_any(work)
     elif head_dim > 128:
         tile = Tile(2, 1) if work <= 1024 else Tile(2, 1, 2) if work <= 16384 else Tile(2, 1, 4)
-    elif work <= 4096:
+    elif work <= 8192:
         tile = Tile(4, 4)
-    elif work <= 16384:
-        tile = Tile(2, 1, 2)
     elif num_kv_heads % 4 == 0:
         tile = Tile(2, 1, 4)
     else:
-        tile = Tile(4, 1, 2)
-    if not isinstance(work, torch.SymInt):
-        tile = replace(tile, heads_ahead=256 <= work <= 4096)
+        tile = Tile(8, 4, 2)
     return _for_width(tile, head_dim, wave_size)
 
 
 def tile_for_any(work: Size) -> Tile:
     """One compiled kernel for a symbolic number of tokens: how many heads a program serves is decided at the launch."""
-    return Tile(2, 1, 4, heads_per_program=torch.sym_min(4, 1 + work // 12288))
+    return Tile(2, 1, 4, heads_per_program=torch.sym_min(4, 1 + work // 4096))
 
 
 def _for_width(tile: Tile, head_dim: int, wave_size: int) -> Tile:
@@ -194,6 +191,9 @@ def plan(
     }  # fmt: skip
     constants = {
         "ONE_SEQUENCE": _is_one(batch),
+        "HEADS_ALIKE": _are_same(q.stride()[:3], k.stride()[:3]) and _are_same(q.stride()[:3], v.stride()[:3]),
+        "ANGLES_ALIKE": _are_same((cos.shape[0], *cos_strides), (sin.shape[0], *sin_strides)),
+        "NARROW": _is_narrow(q, k, v, cos, sin, positions, slots, blocks),
         "NUM_HEADS": num_heads,
         "NUM_KV_HEADS": num_kv_heads,
         "HEAD_DIM": head_dim,
@@ -206,7 +206,6 @@ def plan(
         "ANGLE_PER_LANE": cos.shape[-1] == rotary_dim,
         "NUM_AXES": 0 if positions is None else max(axes) + 1,
         "AXES": _pack(tuple(axes)),
-        "SAME_ROWS": _is_same(cos.shape[0], sin.shape[0]),
         "SKIP_NEGATIVE_SLOTS": skip_negative_slots,
         "SATURATE": saturate,
         "K_SCALE": k_scale_value,
@@ -221,7 +220,6 @@ def plan(
         "TOKENS": tile.tokens,
         "HEADS": tile.heads,
         "ALL_HEADS": tile.heads_per_program is None,
-        "HEADS_AHEAD": tile.heads_ahead,
     }
     groups = _cdiv(num_heads, heads) + 2 * _cdiv(num_kv_heads, heads)
     return Launch((_cdiv(num_tokens, tile.tokens), groups), arguments, constants, tile)
@@ -310,6 +308,10 @@ def _is_same(a: Size, b: Size) -> bool:
     return not isinstance(a, torch.SymInt) and not isinstance(b, torch.SymInt) and a == b
 
 
+def _are_same(these: Sequence[Size], those: Sequence[Size]) -> bool:
+    return all(_is_same(a, b) for a, b in zip(these, those, strict=True))
+
+
 def _cdiv(count: Size, size: Size) -> Size:
     return (count + size - 1) // size
 
@@ -321,6 +323,19 @@ def _named(names: Sequence[str], values: Sequence[Size]) -> dict[str, Size]:
 def _grid_strides(index: Tensor, dim: int = 0) -> tuple[Size, Size]:
     """Strides along batch and sequence, [B or 1, S] from `dim` on; 0 along a batch of one, which all share."""
     return (0 if _is_one(index.shape[dim]) else index.stride(dim)), index.stride(dim + 1)
+
+
+def _is_narrow(*tensors: Tensor | None) -> bool:
+    """Whether 31 bits are known to be enough for an offset into each, and into a contiguous result of its shape."""
+    return all(tensor is None or _reach(tensor) < 1 << 31 for tensor in tensors)
+
+
+def _reach(tensor: Tensor) -> float:
+    """The furthest element from the first, or how many there are; infinity where a size is symbolic."""
+    if any(isinstance(size, torch.SymInt) for size in (*tensor.shape, *tensor.stride())):
+        return math.inf
+    furthest = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return max(furthest, tensor.numel())
 
 
 def _is_one(size: Size) -> bool:
@@ -350,5 +365,6 @@ def _cache_arguments(name: str, layout: CacheLayout) -> dict[str, Size]:
 
 @functools.cache
 def _pack(axes: tuple[int, ...]) -> int:
-    """Two bits a pair, the first pair lowest; 15 pairs to 30 bits, as the kernel unpacks them."""
-    return sum(axis << (2 * pair) for pair, axis in enumerate(axes))
+    """One bit a pair for each axis but the first, in whole words of 32 bits an axis, as the kernel reads them."""
+    bits_of_an_axis = 32 * _cdiv(len(axes), 32)
+    return sum(1 << (bits_of_an_axis * (axis - 1) + pair) for pair, axis in enumerate(axes) if axis)

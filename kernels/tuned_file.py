@@ -13,7 +13,7 @@ import torch
 
 from fx_fusion.kernels.tile import Tile
 
-VERSION = 2
+VERSION = 3
 
 
 class Machine(NamedTuple):
@@ -153,7 +153,6 @@ def _timing(content: Mapping[str, Any]) -> Timing:
             _power_of_two(tile, "tokens", 256),
             _power_of_two(tile, "num_warps", 16),
             _power_of_two(tile, "heads", 64),
-            heads_ahead=_truth(tile, "heads_ahead"),
         ),
         _microseconds(content, "triton_us"),
         None if content["aiter_us"] is None else _microseconds(content, "aiter_us"),
@@ -178,13 +177,6 @@ def _power_of_two(content: Mapping[str, Any], name: str, largest: int) -> int:
     value = _whole(content, name)
     if value & (value - 1) or value > largest:
         raise ValueError(f"a tile's {name} must be a power of two up to {largest}, found {value}")
-    return value
-
-
-def _truth(content: Mapping[str, Any], name: str) -> bool:
-    value = content[name]
-    if type(value) is not bool:
-        raise ValueError(f"a tile's {name} must be true or false, found {value!r}")
     return value
 
 

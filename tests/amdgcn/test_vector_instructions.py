@@ -26,6 +26,8 @@ def byte(high: int, low: int, selector: int) -> int:
     return (low >> 8 * selector if selector < 4 else high >> 8 * (selector - 4)) & 0xFF
 
 
+MASK24 = (1 << 24) - 1
+
 # Functions of 32-bit numbers; results are cut to 32 bits.
 INTEGERS = {
     "v_mov_b32_e32": lambda a: a,
@@ -44,6 +46,10 @@ INTEGERS = {
     "v_add3_u32": lambda a, b, c: a + b + c,
     "v_xad_u32": lambda a, b, c: (a ^ b) + c,
     "v_mul_lo_u32": lambda a, b: a * b,
+    "v_mul_u32_u24_e32": lambda a, b: (a & MASK24) * (b & MASK24),
+    "v_mad_u32_u24": lambda a, b, c: (a & MASK24) * (b & MASK24) + c,
+    "v_mul_i32_i24_e32": lambda a, b: signed(a & MASK24, 24) * signed(b & MASK24, 24),
+    "v_mad_i32_i24": lambda a, b, c: signed(a & MASK24, 24) * signed(b & MASK24, 24) + c,
     "v_mul_hi_u32": lambda a, b: a * b >> 32,
     "v_min_i32_e32": lambda a, b: min(signed(a), signed(b)),
     "v_max_i32_e32": lambda a, b: max(signed(a), signed(b)),

@@ -110,7 +110,7 @@ def test_a_tensor_on_the_cpu_is_refused():
 
 def test_more_work_shares_more_and_heads_of_any_width_fill_a_thread_alike():
     tiles = [triton.choose_tile(tokens, 32, 8, 128) for tokens in (1, 256, 4096)]
-    assert [tile.heads for tile in tiles] == [1, 2, 4]
+    assert [tile.heads for tile in tiles] == [1, 4, 4]
     narrow, wide = triton.choose_tile(4096, 32, 8, 64), triton.choose_tile(4096, 32, 8, 256)
     assert narrow.tokens * 64 == tiles[-1].tokens * 128
     assert wide.num_warps == tiles[-1].num_warps

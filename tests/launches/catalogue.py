@@ -10,7 +10,6 @@ from launches.problem import Variant
 
 E4M3FN, E4M3FNUZ, E5M2 = torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2
 FLOAT32 = torch.float32
-AHEAD = Tile(8, 1, heads_ahead=True)
 MISPLACED = {"seq": 13, "slots": "misplaced"}
 
 VARIANTS = {
@@ -23,19 +22,21 @@ VARIANTS = {
     "tile-of-many-tokens": Variant(tile=choose_tile(8192, 32, 8, 128, 64)),
     "tile-of-many-tokens-256": Variant(head_dim=256, tile=choose_tile(8192, 16, 2, 256, 64)),
     "fewer-heads-than-the-tile": Variant(tile=Tile(4, 1, 4, heads_per_program=2)),
-    "heads-ahead": Variant(tile=AHEAD),
-    "heads-ahead-left-over": Variant(num_heads=5, num_kv_heads=3, tile=Tile(4, 1, 2, heads_ahead=True)),
-    "heads-ahead-fewer": Variant(tile=Tile(4, 1, 4, heads_per_program=2, heads_ahead=True)),
-    "heads-ahead-in-blocks": Variant(batch=3, seq=3, cache="HND", blocks=True, tile=AHEAD),
-    "heads-ahead-of-sequences": Variant(cache="sequence", batch=3, table=False, tile=AHEAD),
-    "heads-ahead-partial": Variant(rotary_dim=32, gemma_norm=True, gated=True, tile=AHEAD),
-    "heads-ahead-gptj": Variant(rotary_dim=64, is_neox=False, full_width=True, tile=AHEAD),
-    "heads-ahead-float8": Variant(
-        **MISPLACED, cache_dtype=E4M3FN, k_scale=0.007, v_scale="tensor", skip_negative_slots=True, tile=AHEAD
-    ),
-    "heads-ahead-shuffle": Variant(cache="shuffle", blocks=True, tile=AHEAD),
-    "heads-ahead-80": Variant(head_dim=80, tile=AHEAD),
     "heads-left-over": Variant(num_heads=5, num_kv_heads=3, tile=Tile(2, 1, 2)),
+    "heads-left-over-no-k": Variant(num_heads=6, num_kv_heads=1, return_k=False, tile=Tile(4, 1, 4)),
+    "heads-left-over-float8": Variant(
+        **MISPLACED,
+        num_heads=5,
+        num_kv_heads=3,
+        cache_dtype=E4M3FN,
+        k_scale=0.007,
+        v_scale="tensor",
+        tile=Tile(4, 1, 2),
+    ),
+    "far-offsets": Variant(batch=3, seq=3, num_heads=6, blocks=True, narrow=False, tile=Tile(4, 1, 4)),
+    "far-offsets-rows": Variant(table=False, batch=3, seq=3, cache="sequence", narrow=False),
+    "two-tables": Variant(seq=9, two_tables=True),
+    "two-tables-outside": Variant(seq=9, two_tables=True, positions="outside"),
     "one-token": Variant(seq=1),
     "batch": Variant(batch=3, seq=3),
     "float16": Variant(dtype=torch.float16),

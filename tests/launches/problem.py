@@ -50,6 +50,8 @@ class Variant:
     axes: str = "interleaved"
     table: bool = True
     full_width: bool = False
+    two_tables: bool = False
+    narrow: bool = True
     positions: str = "inside"
     cache: str = "NHD"
     blocks: bool = False
@@ -137,6 +139,8 @@ def prepare(variant: Variant, device: str = "cpu", seed: int = 0) -> Prepared:
         "saturate": variant.saturate, "skip_negative_slots": variant.skip_negative_slots,
     }  # fmt: skip
     launch = triton.plan(*operands.values(), **options, tile=variant.tile)
+    # What would be so of tensors too large for a test.
+    launch.constants["NARROW"] = variant.narrow
     outputs = {
         "q_out": make.unwritten(*q.shape, dtype=q.dtype),
         "k_out": make.unwritten(*k.shape, dtype=k.dtype) if variant.return_k else None,
@@ -207,6 +211,9 @@ class _Maker:
             return angles.cos().to(dtype), angles.sin().to(dtype), None
         angles = 3 * self.random(TABLE_ROWS, v.angle_width, dtype=torch.float32)
         cos, sin = torch.cat([angles.cos(), angles.sin()], -1).to(dtype).chunk(2, -1)
+        if v.two_tables:
+            more = 3 * self.random(3, v.angle_width, dtype=torch.float32)
+            sin = torch.cat([sin, more.sin().to(dtype)])
         positions = self.integers(0, TABLE_ROWS, max(v.axis_of_pairs()) + 1, v.batch, v.seq)
         if v.positions == "outside" and self.device.type != "meta":
             outside = torch.tensor([TABLE_ROWS, -TABLE_ROWS - 1, FAR, -FAR])
