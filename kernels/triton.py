@@ -95,7 +95,7 @@ def choose_tile(num_tokens: Size, num_heads: int, num_kv_heads: int, head_dim: i
 
 def tile_for_any(work: Size) -> Tile:
     """One compiled kernel for a symbolic number of tokens: how many heads a program serves is decided at the launch."""
-    return Tile(2, 1, 4, heads_per_program=torch.sym_min(4, 1 + work // 4096))
+    return Tile(2, 1, 4, heads_per_program=torch.sym_min(4, 1 + work // 12288))
 
 
 def _for_width(tile: Tile, head_dim: int, wave_size: int) -> Tile:
