@@ -13,6 +13,7 @@ from __future__ import annotations
 import operator
 
 import torch
+from torch._inductor import inductor_prims
 from torch.fx import Node
 
 aten = torch.ops.aten
@@ -53,7 +54,10 @@ COMPLEX = frozenset({aten.view_as_complex.default, aten.view_as_real.default, at
 
 CAST = frozenset({prims.convert_element_type.default, aten._to_copy.default})
 
-ARITHMETIC = frozenset(
+#: What Dynamo makes of ``addcmul_`` with a factor, in the versions of PyTorch that have it.
+_FUSED_MULTIPLY_ADD = frozenset({prims.fma.default} if hasattr(inductor_prims, "fma") else ())
+
+ARITHMETIC = _FUSED_MULTIPLY_ADD | frozenset(
     {
         aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar, aten.rsub.Scalar, aten.rsub.Tensor,
         aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.neg.default,

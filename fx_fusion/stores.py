@@ -375,9 +375,10 @@ def tell_key_from_value(facts: Facts, a: Store, b: Store, origin: Node) -> tuple
     """The key is rotated: more tensors besides the data feed it. Raises Decline if neither or both could be."""
     wide_a, wide_b = (angles_after_projection(facts, origin, store.own) for store in (a, b))
     if wide_a == wide_b:
+        data = (next(filter(opset.is_opaque, reversed(facts.between(origin, [s.own]))), origin) for s in (a, b))
         found = (
-            f"{a.own} and {b.own} are both fed by {wide_a} tensors besides their data; "
-            "expected a rotated key and a copied value"
+            f"{a.own} and {b.own} are both fed by {wide_a} tensors besides their data, {' and '.join(map(str, data))}; "
+            "expected a rotated key and a copied value, after the last matrix product"
         )
         raise Decline("rope.missing" if wide_a == 0 else "split.v_not_copied", found, [a.own, b.own])
     return (a, b) if wide_a > wide_b else (b, a)

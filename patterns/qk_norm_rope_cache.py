@@ -381,14 +381,14 @@ def _read_copied(
     _check_memory(store, shape, sizes)
     numbers = torch.arange(torch.Size(shape).numel()).reshape(shape)
     moved = _arriving(facts, store, conversion, data, numbers, sizes)
-    columns = (moved % width).unique()
+    columns = (moved[moved >= 0] % width).unique()
     heads = read_heads(columns, key.head_dim, width, data)
     if heads.num_heads != key.num_heads:
         found = f"{heads.num_heads} heads of values are stored with {key.num_heads} heads of keys"
         raise Decline("split.v_not_copied", found, [store.value])
     lane = torch.zeros(width, dtype=torch.long)
     lane[expected_columns(heads).reshape(-1)] = torch.arange(heads.num_heads * heads.head_dim)
-    elements = moved // width * len(columns) + lane[moved % width]
+    elements = torch.where(moved < 0, -1, moved // width * len(columns) + lane[moved % width])
     return heads, read_addresses(facts, store, elements, heads, sizes, grid)
 
 

@@ -48,6 +48,18 @@ def test_a_model_without_weights_at_full_width():
     assert report.layers[0].source.endswith(tuple("0123456789"))
 
 
+def test_another_default_device_changes_nothing():
+    """A model that was built there, and one that was not."""
+    plain = fx_fusion.explain(Prologue(), *arguments())
+    with torch.device("meta"):
+        there = fx_fusion.explain(Prologue(), *(torch.empty_like(each, device="meta") for each in arguments()))
+    model, args = Prologue(), arguments()
+    with torch.device("meta"):
+        elsewhere = fx_fusion.explain(model, *args)
+    assert [layer.read for layer in there.layers] == [layer.read for layer in plain.layers]
+    assert [layer.read for layer in elsewhere.layers] == [layer.read for layer in plain.layers]
+
+
 def test_an_unknown_target_is_an_error():
     with pytest.raises(fx_fusion.OptionError, match="got 'tpu'"):
         fx_fusion.explain(Prologue(), *arguments(), target="tpu")

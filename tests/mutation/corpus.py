@@ -102,18 +102,6 @@ def gemma() -> Case:
 
 
 @case
-def queries_in_groups() -> Case:
-    """The queries are copied to where their heads are evenly spaced."""
-
-    class InGroups(Prologue):
-        def split(self, qkv):
-            groups = qkv.view(qkv.shape[0], NUM_KV_HEADS, -1, HEAD_DIM)
-            return groups[:, :, :-2].flatten(1, 2), groups[:, :, -2], groups[:, :, -1]
-
-    return _plain(InGroups)
-
-
-@case
 def no_norm() -> Case:
     class NoNorm(Prologue):
         def norm(self, x, weight):
@@ -279,23 +267,6 @@ class _Joint(Prologue):
 @case
 def stored_at_once() -> Case:
     return _Joint(), (*arguments()[:3], torch.randn(SLOTS, 2, NUM_KV_HEADS, HEAD_DIM)), {}
-
-
-@case
-def stored_at_once_without_a_norm() -> Case:
-    """Heads take turns, in a slice."""
-
-    class Slice(_Joint):
-        def norm(self, x, weight):
-            return x
-
-        def join(self, k, v):
-            return torch.stack([k, v], 2).flatten(1, 2)
-
-        def store(self, cache, slots, value):
-            cache[3 : 3 + value.shape[0]] = value
-
-    return Slice(), (*arguments()[:3], torch.randn(SLOTS, 2 * NUM_KV_HEADS, HEAD_DIM)), {}
 
 
 @case

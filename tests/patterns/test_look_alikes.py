@@ -118,6 +118,29 @@ class CosineSquared(Prologue):
         return torch.cat([a * cos * cos - b * sin, b * cos + a * sin], -1)
 
 
+@look_alike("rope.not_a_rotation", "the sine of a lane measures", "key, rotation")
+class TurnedBackTooFar(Prologue):
+    """ComfyUI's spelling, by a fused multiply-add, with a factor that is not quite -1."""
+
+    def rotate(self, x, cos, sin):
+        half = HEAD_DIM // 2
+        y = x * torch.cat([cos, cos], -1)
+        y[..., :half].addcmul_(x[..., half:], sin, value=-1.01)
+        y[..., half:].addcmul_(x[..., :half], sin)
+        return y
+
+
+@look_alike(
+    "rope.missing", "both fed by 0 tensors besides their data, bmm.* and mm; .* after the last matrix product", "stores"
+)
+class RotatedByAMatrixProduct(Prologue):
+    """What a matrix product gives counts as a projection."""
+
+    def rotate(self, x, cos, sin):
+        turn = torch.stack([cos, -sin, sin, cos], -1).unflatten(-1, (2, 2))
+        return (turn @ x.unflatten(-1, (-1, 2, 1))).flatten(-3)
+
+
 @look_alike("rope.missing", "between mm and mul_3 no lane", "key, rotation")
 class NoRotation(Prologue):
     def rotate(self, x, cos, sin):

@@ -162,6 +162,18 @@ class RotateByAddcmul(Prologue):
 
 
 @spelling
+class RotateByAddcmulInPlace(Prologue):
+    """ComfyUI's text encoders; Dynamo makes a fused multiply-add of it."""
+
+    def rotate(self, x, cos, sin):
+        half = HEAD_DIM // 2
+        y = x * torch.cat([cos, cos], -1)
+        y[..., :half].addcmul_(x[..., half:], sin, value=-1)
+        y[..., half:].addcmul_(x[..., :half], sin)
+        return y
+
+
+@spelling
 class RotateInPlace(Prologue):
     def rotate(self, x, cos, sin):
         y = x.clone()

@@ -154,6 +154,15 @@ class JointlyReturned(Joint):
         super().store(cache, slots, value)
 
 
+class ValuesAhead(Joint):
+    """The projection's last columns are the query's."""
+
+    def split(self, qkv):
+        sizes = [NUM_KV_HEADS * HEAD_DIM, NUM_KV_HEADS * HEAD_DIM, NUM_HEADS * HEAD_DIM]
+        v, k, q = (part.unflatten(-1, (-1, HEAD_DIM)) for part in qkv.split(sizes, -1))
+        return q, k, v
+
+
 class OneTokenFurther(Joint):
     """Each value is stored with the key of the token after it: the odd step stays outside."""
 
@@ -163,7 +172,7 @@ class OneTokenFurther(Joint):
 
 SPELLINGS = [
     Joint, ValuesFirst, OverHeads, HeadsTakeTurns, OverLanes, LanesTakeTurns, FirstAxis, Rows, Paged, ByIndexCopy,
-    ByScatter, Slice, OfALayer, Masked, NoNorm, JointlyReturned, OneTokenFurther,
+    ByScatter, Slice, OfALayer, Masked, NoNorm, JointlyReturned, ValuesAhead, OneTokenFurther,
 ]  # fmt: skip
 
 

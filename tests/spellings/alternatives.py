@@ -163,6 +163,19 @@ class Grouped(_Packed):
 
 
 @alternative("split")
+class Strided(_Packed):
+    def split(self, qkv):
+        rows = qkv.reshape(-1, sum(self.sizes))
+        starts = itertools.accumulate([0, *self.sizes[:2]])
+        d = self.shape.head_dim
+        parts = [
+            rows.as_strided((len(rows), n // d, d), (rows.shape[1], d, 1), a)
+            for a, n in zip(starts, self.sizes, strict=True)
+        ]
+        return [part.unflatten(0, qkv.shape[:-1]) for part in parts]
+
+
+@alternative("split")
 class ThreeProjections:
     def add(self):
         super().add()
@@ -261,6 +274,35 @@ class PowerMinusHalf:
     def norm(self, x, weight):
         y = x.float()
         return (weight * (y * (torch.mean(y * y, -1, keepdim=True) + EPS).pow(-0.5))).to(x.dtype)
+
+
+@alternative("norm")
+class FunctionalInFloat32:
+    def norm(self, x, weight):
+        return F.rms_norm(x.float(), (self.shape.head_dim,), weight.float(), EPS).to(x.dtype)
+
+
+@alternative("norm")
+class Einsum:
+    def norm(self, x, weight):
+        y = x.float()
+        squares = torch.einsum("...d,...d->...", y, y).unsqueeze(-1)
+        return (y * torch.rsqrt(squares / self.shape.head_dim + EPS)).to(x.dtype) * weight
+
+
+@alternative("norm")
+class InverseRoot:
+    def norm(self, x, weight):
+        y = x.float()
+        return weight * (y * (1.0 / torch.sqrt(torch.mean(y**2, -1, keepdim=True) + EPS))).to(x.dtype)
+
+
+@alternative("norm")
+class ScaledBeforeTheSquare:
+    def norm(self, x, weight):
+        y = x.float()
+        squares = (y * self.shape.head_dim**-0.5).square().sum(-1, keepdim=True)
+        return (y * torch.rsqrt(squares + EPS) * weight.float()).to(x.dtype)
 
 
 @alternative("norm")
@@ -378,6 +420,27 @@ class ComplexTable(_Lookup):
 
     def look_up(self, positions):
         return self.turns[positions], self.turns[positions]
+
+
+@alternative("table")
+class ComplexRowsComputed(_Lookup):
+    """No table: the turns of the positions, by polar coordinates."""
+
+    def look_up(self, positions):
+        pairs = torch.arange(0, 1, 2 / self.shape.head_dim)
+        angles = positions.float().unsqueeze(-1) * 100.0**-pairs
+        turns = torch.polar(torch.ones_like(angles), angles)
+        return turns, turns
+
+
+@alternative("table")
+class Float64Angles(_Lookup):
+    """In float64, and rounded once."""
+
+    def look_up(self, positions):
+        pairs = torch.arange(0, 1, 2 / self.shape.head_dim, dtype=torch.float64)
+        angles = positions.double().unsqueeze(-1) * 100.0**-pairs
+        return angles.cos().to(self.shape.dtype), angles.sin().to(self.shape.dtype)
 
 
 @alternative("table")
@@ -500,7 +563,8 @@ class Weighted(_ThreeAxes):
 
 # --- rotation ---------------------------------------------------------------------------------------------------------
 
-rotation = alternative("rope", fits=lambda _, chosen: chosen["table"] != "ComplexTable")
+COMPLEX_TABLES = ("ComplexTable", "ComplexRowsComputed")
+rotation = alternative("rope", fits=lambda _, chosen: chosen["table"] not in COMPLEX_TABLES)
 
 
 @rotation
@@ -544,6 +608,54 @@ class Addcmul:
     def rotate(self, x, cos, sin):
         a, b = x.to(cos.dtype).chunk(2, -1)
         return torch.cat([torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin)], -1)
+
+
+@rotation
+class AddcmulInPlace:
+    """ComfyUI's text encoders"""
+
+    def rotate(self, x, cos, sin):
+        half = x.shape[-1] // 2
+        y = x * torch.cat([cos, cos], -1)
+        y[..., :half].addcmul_(x[..., half:].to(y.dtype), sin, value=-1)
+        y[..., half:].addcmul_(x[..., :half].to(y.dtype), sin)
+        return y
+
+
+@rotation
+class UnboundHalves:
+    """Qwen's own first code"""
+
+    def rotate(self, x, cos, sin):
+        a, b = x.unflatten(-1, (2, -1)).unbind(-2)
+        return x * torch.cat([cos, cos], -1) + torch.cat([-b, a], -1) * torch.cat([sin, sin], -1)
+
+
+@rotation
+class StackedHalves:
+    def rotate(self, x, cos, sin):
+        a, b = x.unflatten(-1, (2, -1)).unbind(-2)
+        turned = torch.stack([-b, a], -2).reshape(x.shape)
+        return x * torch.cat([cos, cos], -1) + turned * torch.cat([sin, sin], -1)
+
+
+@rotation
+class RollWhere:
+    def rotate(self, x, cos, sin):
+        half = x.shape[-1] // 2
+        turned = x.roll(half, -1)
+        turned = torch.where(torch.arange(x.shape[-1]) < half, -turned, turned)
+        return x * torch.cat([cos, cos], -1) + turned * torch.cat([sin, sin], -1)
+
+
+@rotation
+class LanesSelected:
+    def rotate(self, x, cos, sin):
+        half = x.shape[-1] // 2
+        lane = torch.arange(x.shape[-1])
+        sign = torch.where(lane < half, -1.0, 1.0).to(x.dtype)
+        turned = x.index_select(-1, (lane + half) % x.shape[-1]) * sign
+        return x * torch.cat([cos, cos], -1) + turned * torch.cat([sin, sin], -1)
 
 
 @rotation
@@ -602,6 +714,16 @@ class GptJAssigned:
 
 
 @rotation
+class Matrices:
+    """Flux: a matrix of two by two for each pair"""
+
+    def rotate(self, x, cos, sin):
+        turn = torch.stack([cos, -sin, sin, cos], -1).unflatten(-1, (2, 2)).float()
+        pairs = x.float().unflatten(-1, (-1, 1, 2))
+        return (turn[..., 0] * pairs[..., 0] + turn[..., 1] * pairs[..., 1]).flatten(-2)
+
+
+@rotation
 class Complex:
     """Llama's own: cosine and sine as one complex number."""
 
@@ -610,7 +732,7 @@ class Complex:
         return torch.view_as_real(pairs * torch.complex(cos.float(), sin.float())).flatten(-2)
 
 
-@alternative("rope", fits=lambda shape, chosen: chosen["table"] == "ComplexTable")
+@alternative("rope", fits=lambda shape, chosen: chosen["table"] in COMPLEX_TABLES)
 class ComplexRows:
     """What is looked up is complex."""
 
@@ -638,6 +760,18 @@ class Partial:
         cos, sin = cos[..., : d // 2], sin[..., : d // 2]
         a, b = x[..., :d].chunk(2, -1)
         return torch.cat([a * cos - b * sin, b * cos + a * sin, x[..., d:]], -1)
+
+
+@rotation
+class PartialByPadding:
+    """All lanes turn, the last ones by nothing."""
+
+    def rotate(self, x, cos, sin):
+        pairs = x.shape[-1] // 2
+        cos, sin = cos[..., : pairs // 2], sin[..., : pairs // 2]
+        cos, sin = F.pad(cos, (0, pairs - pairs // 2), value=1.0), F.pad(sin, (0, pairs - pairs // 2))
+        a, b = x.chunk(2, -1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
 @rotation
@@ -779,6 +913,56 @@ class SideBySide(Flat):
 
     def caches(self, cache):
         return cache.chunk(2, -1)
+
+
+class _Joined:
+    """Keys and values stored at once."""
+
+    def store_both(self: Any, caches: tuple[Tensor, ...], slots: Tensor, k: Tensor, v: Tensor) -> None:
+        (cache,) = caches
+        self.store(cache, slots, self.join(k, v))
+
+
+@alternative("store")
+class JoinedBySlot(_Joined, OneTensorBySlot):
+    def join(self, k, v):
+        return torch.stack([k, v], -3)
+
+
+@alternative("store")
+class JoinedSideBySide(_Joined, SideBySide):
+    def join(self, k, v):
+        return torch.cat([k, v], -1)
+
+
+@alternative("store")
+class JoinedTakingTurns(_Joined, _OnePerToken):
+    """[slots, 2 * Hk, D]: a key head, its value head, the next key head"""
+
+    def cache_shapes(self):
+        s = self.shape
+        return [(s.slots, 2 * s.num_kv_heads, s.head_dim)]
+
+    def caches(self, cache):
+        return cache[:, ::2], cache[:, 1::2]
+
+    def join(self, k, v):
+        return torch.stack([k, v], -2).flatten(-3, -2)
+
+    def store(self, cache, slots, value):
+        cache.index_copy_(0, slots.flatten(), value.reshape(-1, *cache.shape[1:]).to(cache.dtype))
+
+
+@alternative("store", fits=lambda shape, _: shape.batch > 0)
+class BySequenceAndPosition(_OnePerToken):
+    """[B, Hk, slots, D]"""
+
+    def cache_shapes(self):
+        s = self.shape
+        return [(s.batch, s.num_kv_heads, s.slots, s.head_dim)] * 2
+
+    def store(self, cache, slots, value):
+        cache[torch.arange(len(value)).unsqueeze(-1), :, slots] = value.to(cache.dtype)
 
 
 @alternative("store", fits=lambda shape, _: shape.batch > 0)

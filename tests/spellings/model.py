@@ -69,10 +69,8 @@ class Composed(nn.Module):
         cos, sin = self.angles(positions)
         q = self.leave(self.rotate(self.norm(q, self.q_weight), cos, sin))
         k = self.leave(self.rotate(self.norm(k, self.k_weight), cos, sin))
-        k_cache, v_cache = self.caches(*caches)
-        self.store(k_cache, slots, self.tokens_first(k))
-        self.store(v_cache, slots, self.tokens_first(v))
-        return self.consume(q, k, v, k_cache, v_cache)
+        self.store_both(caches, slots, self.tokens_first(k), self.tokens_first(v))
+        return self.consume(q, k, v, *self.caches(*caches))
 
     # --- what alternatives share --------------------------------------------------------------------------------------
 
@@ -100,6 +98,11 @@ class Composed(nn.Module):
     def over_heads(self, rows: Tensor) -> Tensor:
         """Rows [..., D / 2] as the heads see them."""
         return rows.unsqueeze(self.heads_dim)
+
+    def store_both(self, caches: tuple[Tensor, ...], slots: Tensor, k: Tensor, v: Tensor) -> None:
+        k_cache, v_cache = self.caches(*caches)
+        self.store(k_cache, slots, k)
+        self.store(v_cache, slots, v)
 
     def leave(self, heads: Tensor) -> Tensor:
         return heads.to(self.shape.dtype)
