@@ -100,7 +100,6 @@ VIEWS = {
     "index": (lambda kv: (kv[0], kv[1]), (2, BLOCKS, *NHD)),
     "index blocks first": (lambda kv: (kv[:, 0], kv[:, 1]), (BLOCKS, 2, *NHD)),
     "chunk": (lambda kv: [part.squeeze(0) for part in kv.chunk(2)], (2, BLOCKS, *NHD)),
-    "select": (lambda kv: (kv.select(1, 0), kv.select(1, 1)), (BLOCKS, 2, *NHD)),
     "value first": (lambda kv: kv.unbind(0)[::-1], (2, BLOCKS, *NHD)),
     "heads first": (lambda kv: [part.transpose(1, 2) for part in kv.unbind(1)], (BLOCKS, 2, *HND)),
     "lanes": (lambda kv: kv.chunk(2, -1), (BLOCKS, BLOCK_SIZE, NUM_KV_HEADS, 2 * HEAD_DIM)),
@@ -142,7 +141,7 @@ def test_keys_and_values_in_one_tensor(name, graphs):
     assert "reshape_and_cache_flash" in report.fused[0].assumed[0] and "compared on cpu" in report.fused[0].assumed[0]
 
 
-@pytest.mark.parametrize("name", ["unbind", "index blocks first", "chunk", "heads first"])
+@pytest.mark.parametrize("name", ["unbind", "index blocks first", "heads first"])
 def test_keys_and_values_in_one_tensor_as_functionalised_by_vllm(name, graphs):
     one_tensor(name, False, graphs)
 
@@ -210,9 +209,11 @@ def taken_apart(kv):
     return [part.view(BLOCKS, *shape) for part, shape in zip(kv.unbind(0), IN_GROUPS, strict=True)]
 
 
+GROUPED_SHAPE = (2, BLOCKS * NUM_KV_HEADS * HEAD_DIM * BLOCK_SIZE)
+
+
 def test_lanes_in_groups(functionalised, graphs):
-    model, shape = InGroups(taken_apart), (2, BLOCKS * NUM_KV_HEADS * HEAD_DIM * BLOCK_SIZE)
-    report = fuses_bit_for_bit(model, given(shape), 1, graphs)
+    report = fuses_bit_for_bit(InGroups(taken_apart), given(GROUPED_SHAPE), 1, graphs)
     assert report.fused[0].facts["masked"]
     assert "_C_cache_ops::reshape_and_cache = " in report.fused[0].assumed[0]
     assert "reshape_and_cache.default" not in str(graphs[-1])
@@ -223,8 +224,7 @@ def test_quantised_lanes_in_groups_are_declined_by_name():
         def put(self, k, v, k_cache, v_cache, slots):
             torch.ops._C_cache_ops.reshape_and_cache(k, v, k_cache, v_cache, slots, "fp8_e4m3", *torch.ones(2))
 
-    shape = (2, BLOCKS * NUM_KV_HEADS * HEAD_DIM * BLOCK_SIZE)
-    (layer,) = fx_fusion.explain(Quantised(taken_apart), *given(shape)).declined
+    (layer,) = fx_fusion.explain(Quantised(taken_apart), *given(GROUPED_SHAPE)).declined
     assert layer.code == "meaning.raises" and "kv_cache_dtype='fp8_e4m3'" in layer.reason
 
 

@@ -306,6 +306,23 @@ def opaque_operations() -> Case:
 
 
 @case
+def opaque_store_into_one_tensor() -> Case:
+    """An operation stores keys and values into parts of one tensor, which it sees in another shape."""
+
+    class OpaqueStore(OneTensor):
+        def forward(self, x, positions, slots, kv_cache):
+            q, k, v = self.split(self.project(x))
+            cos, sin = self.angles(positions)
+            q = self.rotate(self.norm(q, self.q_weight), cos, sin)
+            k = self.rotate(self.norm(k, self.k_weight), cos, sin)
+            caches = kv_cache.view(2, -1, NUM_KV_HEADS, HEAD_DIM).unbind(0)
+            torch.ops.opaque_corpus.store_cache(k, v, *caches, slots)
+            return self.consume(q, k, v, *caches)
+
+    return OpaqueStore(), (*arguments()[:3], torch.randn(2, SLOTS // 8, 8, NUM_KV_HEADS, HEAD_DIM)), {}
+
+
+@case
 def float8_scaled() -> Case:
     """Bytes of a float8: keys divided by a number, values by a tensor, both bounded to its range."""
 
