@@ -95,8 +95,8 @@ def qk_norm_rope_cache(
         float8: what the bytes of caches are, ``"float8_e4m3fn"`` for example, if their dtype does not say so (uint8).
 
     An index outside its table or cache: the reference raises ``IndexError`` (on a GPU, a device-side assertion). The
-    Triton kernel reads and writes nothing there: such a slot stores nothing, such a position gives NaN in the lanes that
-    it turns.
+    Triton kernel reads and writes nothing there: such a slot stores nothing, such a position gives NaN in the lanes
+    that it turns.
 
     Raises:
         FirstUseInCapture: while a graph is being captured, of a kernel that is not compiled for such a call yet.
