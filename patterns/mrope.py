@@ -188,8 +188,23 @@ def _not_found(values: torch.Tensor, angles: Mapping[Node, torch.Tensor], what: 
     odd = values[~_close(known[_nearest(known, values)], values)][:1]
     if not len(odd):
         return f"the {what}s of a head are spread over {leaves}; expected one of them to hold all"
+    factor = _common_factor(values, known)
+    if factor is not None:
+        found = (
+            f"the {what}s of a head measure {factor:.6g} times elements of {leaves}; expected the elements themselves"
+        )
+        return f"{found}: the head is scaled before or while it is rotated, where a kernel does not"
     found = f"the {what} of a lane measures {float(odd):.6g}; expected an element of {leaves}"
     return f"{found}, which has its negative" if bool(_close(known[_nearest(known, -odd)], -odd)) else found
+
+
+def _common_factor(values: torch.Tensor, known: torch.Tensor) -> float | None:
+    """The positive number by which `values` differ from elements of `known`, all of them alike."""
+    for factor in (values[0] / known[:1024]).tolist():
+        unscaled = values / factor if factor > 0 else values
+        if factor > 0 and bool(_close(known[_nearest(known, unscaled)], unscaled).all()):
+            return factor
+    return None
 
 
 def _as_lanes(place: _Place, lanes: torch.Tensor, grid: tuple[int, int]) -> Lanes:

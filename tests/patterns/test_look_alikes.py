@@ -118,6 +118,18 @@ class CosineSquared(Prologue):
         return torch.cat([a * cos * cos - b * sin, b * cos + a * sin], -1)
 
 
+@look_alike(
+    "rope.not_a_rotation",
+    "the cosines of a head measure 0.25 times elements of .*: the head is scaled",
+    "query, rotation",
+)
+class QueryScaledBeforeTheRotation(Prologue):
+    """The softmax's scale: after the rotation it would stay outside."""
+
+    def norm(self, x, weight):
+        return super().norm(x, weight) * (0.25 if weight is self.q_weight else 1.0)
+
+
 @look_alike("rope.not_a_rotation", "the sine of a lane measures", "key, rotation")
 class TurnedBackTooFar(Prologue):
     """ComfyUI's spelling, by a fused multiply-add, with a factor that is not quite -1."""
