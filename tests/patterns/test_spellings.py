@@ -386,7 +386,3 @@ def test_a_norm_on_one_of_query_and_key_is_reported(normalised):
 
     report = assert_fuses(One(), arguments(), count=1)
     assert {"query": "of q eps 1e-06, of k none", "key": "of q none, of k eps 1e-06"}[normalised] in str(report)
-
-
-def test_a_query_that_is_copied_stays_so_under_inductor():
-    assert_fuses(QueriesInGroups(), arguments(), count=1, inner="inductor")
