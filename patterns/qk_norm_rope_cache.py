@@ -200,14 +200,14 @@ def _read_key(
     values = [node for node in conversion.values if node is not origin and not _is_joint(store, node)]
     values = values or [conversion.value]
     values.sort(key=lambda value: value.meta["val"].dtype != origin.meta["val"].dtype)
-    return _furthest(_attempts(facts, origin, values, memo))
+    return _read_one_of(facts, origin, values, memo)
 
 
 def _read_query(
     facts: Facts, rotations: Rotations, key: Branch, value_store: Store, memo: Memo
 ) -> tuple[Branch, RotatedHeads]:
     outs, origin = rotations.find_query(key, value_store.own)
-    return _furthest(_attempts(facts, origin, outs, memo))
+    return _read_one_of(facts, origin, outs, memo)
 
 
 _PLAIN_WRITERS = (aten.index_put.default, aten.index_copy.default)
@@ -215,16 +215,28 @@ _PLAIN_WRITERS = (aten.index_put.default, aten.index_copy.default)
 Attempt = tuple[Branch, RotatedHeads] | Decline
 
 
-def _attempts(facts: Facts, origin: Node, outs: Sequence[Node], memo: Memo) -> Iterator[Attempt]:
+def _read_one_of(facts: Facts, origin: Node, outs: Sequence[Node], memo: Memo) -> tuple[Branch, RotatedHeads]:
+    """The first of `outs` that is rotated heads.
+
+    Raises:
+        Decline: of the one that got furthest. One between which and the projection something stands that no reading
+            gets past tells nothing, where another was read.
+    """
+    declines: list[Decline] = []
     for out in outs:
         try:
-            cuts = data_cuts(facts, origin, out)
+            return _furthest(_attempts(facts, origin, out, memo))
         except Decline as decline:
-            yield decline
-            continue
-        projection = rows_of_tokens(facts, origin, cuts[0])
-        for data in cuts[:_CUTS]:
-            yield _attempt(facts, branch_between(facts, projection, data, out), memo)
+            declines.append(decline)
+    measured = [decline for decline in declines if decline.code not in CERTIFICATE_CODES]
+    raise max(measured, key=lambda decline: decline.stage) if measured else declines[0]
+
+
+def _attempts(facts: Facts, origin: Node, out: Node, memo: Memo) -> Iterator[Attempt]:
+    cuts = data_cuts(facts, origin, out)
+    projection = rows_of_tokens(facts, origin, cuts[0])
+    for data in cuts[:_CUTS]:
+        yield _attempt(facts, branch_between(facts, projection, data, out), memo)
 
 
 def _attempt(facts: Facts, branch: Branch, memo: Memo) -> Attempt:
@@ -351,8 +363,13 @@ def _stored_value(facts: Facts, store: Store, key: Stored, grid: tuple[int, int]
     ]
     if not ways:
         scale = conversion.scale and check_scale(conversion.scale, _dtype(key.data))
-        found = f"{conversion.value} is {_dtype(conversion.value)}, the key {_dtype(key.data)}; scaled by {scale}"
-        raise Decline("split.v_not_copied", found, [conversion.value])
+        found = f"the key is rounded to the cache from {_dtype(key.data)}, "
+        found += f"the value from {_dtype(conversion.value)}{f' and scaled by {scale}' if scale else ''}"
+        raise Decline(
+            "rope.output_dtype" if scale is None else "split.v_not_copied",
+            f"{found}; a call rounds both from the projection's dtype",
+            [key.data, conversion.value],
+        )
     suited = [way for way in ways if way.in_range or None in (saturate, key.saturate) or saturate == key.saturate]
     if not suited or (conversion.dtype != key.dtype and {conversion.dtype, key.dtype} & FLOAT8):
         found = f"the key is converted to {_converted(key.dtype, key.saturate)}, "

@@ -183,8 +183,10 @@ def _read_layout(probe: Probe, heads: Heads, owners: torch.Tensor) -> tuple[tupl
 
 def rows_of(lanes: Lanes, values: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     """The rows [B or 1, S, count] of angles that `lanes` takes from its leaf's values."""
-    rows = values.reshape(grid[0] if lanes.per_batch else 1, grid[1], lanes.width)
-    return lanes.take(rows)
+    batch = grid[0] if lanes.per_batch else 1
+    if values.numel() != batch * grid[1] * lanes.width:
+        raise Decline("region.sizes", f"the rows of {lanes.leaf} are as wide as a size that varies", [lanes.leaf])
+    return lanes.take(values.reshape(batch, grid[1], lanes.width))
 
 
 def _prove(probe: Probe, reading: RotatedHeads) -> float:
