@@ -31,7 +31,7 @@ from fx_fusion.meanings import HIDDEN, HIDDEN_ATTENTION
 from fx_fusion.meanings.steps import WITHOUT_STORE
 from fx_fusion.opset import aten
 from fx_fusion.region import strip_aliases
-from fx_fusion.sizes import Sizes, admissible_sizes
+from fx_fusion.sizes import Sizes, admissible_sizes, same
 
 _VIEWS = (aten.view.default, aten._unsafe_view.default)
 
@@ -214,7 +214,7 @@ def _mark(live: set[Node], nodes: Iterable[Node]) -> None:
 
 
 def _refresh(node: Node) -> None:
-    """Equal computations were inserted with one and the same fake value; one that stays gets its own."""
+    """The node's own fake value, where it has that of an equal computation: a view lies where its operand does."""
     args: Any = map_aggregate(node.args, value_of)
     kwargs: Any = map_aggregate(node.kwargs, value_of)
     with fake_mode_of((args, kwargs, node.meta["val"])):
@@ -266,14 +266,15 @@ def _expand(
     sample |= {name: _part_value(part) for name, part in call.parts.items()}
     sample = complete(op, sample)
     key = (meaning.name, *_signature(sample))
-    if key not in traced:
-        try:
-            traced[key] = trace(meaning.fn, op, sample, call.written)
-        except NoMeaning as error:
-            traced[key] = str(error)
-    known = traced[key]
+    try:
+        known = traced.get(key) or trace(meaning.fn, op, sample, call.written)
+    except NoMeaning as error:
+        known = str(error)
     if isinstance(known, str):
+        traced[key] = known
         raise Decline("meaning.raises", f"the meaning of {op} cannot be used here: {known}", [node])
+    if not known.strided:
+        traced[key] = known
     _check_outputs(node, op, call, known)
     comparison = COMPARISONS.of(meaning, op, sample, call.written, done.sizes)
     if comparison.differs:
@@ -293,7 +294,8 @@ def _part_value(part: Part) -> torch.Tensor:
     value: torch.Tensor = part.base.meta["val"]
     with value.fake_mode:  # type: ignore[attr-defined]
         for dim, (start, length) in enumerate(part.box):
-            value = aten.slice.Tensor(value, dim, start, start + length)
+            if not same([start, length], [0, value.shape[dim]]):
+                value = aten.slice.Tensor(value, dim, start, start + length)
         if not part.order:
             return aten.view.default(value, part.size)
         moved = aten.view.default(value, [part.size[dim] for dim in part.order])
@@ -301,14 +303,14 @@ def _part_value(part: Part) -> torch.Tensor:
 
 
 def _signature(sample: dict[str, Any]) -> tuple[Any, ...]:
-    """What the traced meaning depends on."""
+    """What the traced meaning depends on. Not where in memory a tensor begins: layers may be parts of one."""
     leaves, spec = pytree.tree_flatten(sample)
     return (str(spec), *(_leaf_signature(leaf) for leaf in leaves))
 
 
 def _leaf_signature(leaf: Any) -> Any:
     if isinstance(leaf, torch.Tensor):
-        sizes = (*leaf.shape, *leaf.stride(), leaf.storage_offset())
+        sizes = (*leaf.shape, *leaf.stride())
         return (leaf.dtype, str(leaf.device), leaf.dim(), *map(str, sizes))
     return (type(leaf).__name__, str(leaf))
 
@@ -384,6 +386,8 @@ def _splice(
         target = aten.reshape.default if node.target in _VIEWS else node.target
         copied = graph.create_node("call_function", target, args, kwargs, name=name)
         copied.meta = {"val": node.meta["val"]} if "val" in node.meta else {}
+        if target in opset.VIEW:
+            _refresh(copied)
         for key in ("stack_trace", "nn_module_stack"):
             if key in call.node.meta:
                 copied.meta[key] = call.node.meta[key]

@@ -32,6 +32,11 @@ class TracedMeaning:
     outputs: tuple[Any, ...]
     """For each result a node of the graph, or None."""
 
+    @property
+    def strided(self) -> bool:
+        """Whether it names places in memory: then it holds for tensors that begin where those it was traced with do."""
+        return any("strided" in str(node.target) for node in self.module.graph.nodes)
+
 
 def trace(
     fn: Callable[..., Any],
