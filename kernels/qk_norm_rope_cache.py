@@ -70,7 +70,7 @@ def qk_norm_rope_cache(
         loaded = ()
         for turn in tl.static_range(HEADS):
             here = live if EVEN else live & (first_head + turn < last_head)
-            head_rows = rows + (first_head + turn) * head_stride
+            head_rows = rows + (first_head + turn).to(INDEX) * head_stride
             loaded += (_load_head(source, head_rows, here, HEAD_DIM, ROTARY_DIM, REST_WIDTH, IS_NEOX),)
         weight = q_weight
         if q_weight is not None:
@@ -126,7 +126,8 @@ def qk_norm_rope_cache(
         values = ()
         for turn in tl.static_range(HEADS):
             here = live if EVEN else live & (first_head + turn < last_head)
-            values += (_load_lanes(v, rows + (first_head + turn) * head_stride, here, 0, HEAD_DIM, 1),)
+            head_rows = rows + (first_head + turn).to(INDEX) * head_stride
+            values += (_load_lanes(v, head_rows, here, 0, HEAD_DIM, 1),)
         # Loaded here for the same reason.
         slot = tl.load(slots + _token(batch, slots_batch_stride, seq, slots_token_stride, INDEX), mask=live, other=0)
         block = batch

@@ -166,6 +166,10 @@ def plan(
     tile = tile or choose_tile(num_tokens, num_heads, num_kv_heads, head_dim, wave_size_of(q.device))
     heads = tile.heads if tile.heads_per_program is None else tile.heads_per_program
     cos_strides, sin_strides = (_angle_strides(rows, positions) for rows in (cos, sin))
+    _check_lanes("cos", head_dim, cos_strides[-1])
+    _check_lanes("sin", head_dim, sin_strides[-1])
+    _check_lanes("k_cache", head_dim, k_layout.lane_stride, k_layout.lane_group_stride)
+    _check_lanes("v_cache", head_dim, v_layout.lane_stride, v_layout.lane_group_stride)
     arguments = {
         "num_tokens": num_tokens,
         "seq_len": seq,
@@ -253,6 +257,15 @@ def _check(
         raise ValueError(f"arguments q_weight, k_weight: expected two of one dtype or none, found {dtypes}")
     if (q_eps is None) != (k_eps is None):
         raise ValueError(f"arguments q_eps, k_eps: expected two or none, found {q_eps}, {k_eps}")
+
+
+def _check_lanes(name: str, head_dim: int, *strides: Size) -> None:
+    """The kernel counts from the first lane of a row to its last in 31 bits."""
+    for stride in strides:
+        if not isinstance(stride, torch.SymInt) and head_dim * stride >= 1 << 31:
+            raise ValueError(
+                f"argument {name}: expected the lanes of a row within 2^31 elements, found them {stride} apart"
+            )
 
 
 def qk_norm_rope_cache(*operands: Tensor | None, return_k: bool, **options: Any) -> tuple[Tensor, Tensor]:

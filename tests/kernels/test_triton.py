@@ -115,3 +115,12 @@ def test_more_work_shares_more_and_heads_of_any_width_fill_a_thread_alike():
     assert narrow.tokens * 64 == tiles[-1].tokens * 128
     assert wide.num_warps == tiles[-1].num_warps
     assert triton.choose_tile(4096, 32, 8, 128, wave_size=64).tokens == 2 * tiles[-1].tokens
+
+
+def test_lanes_further_apart_than_the_kernel_counts_are_refused():
+    prepared = prepare(Variant(), device="meta")
+    names = ("q", "k", "v", "q_weight", "k_weight", "cos", "sin", "positions", "slots", "blocks", "k_scale", "v_scale")
+    operands = [prepared.tensors[name] for name in (*names, "k_cache", "v_cache")]
+    far = prepared.options["v_layout"]._replace(lane_stride=1 << 24)
+    with pytest.raises(ValueError, match="argument v_cache: expected the lanes of a row within 2\\^31 elements"):
+        triton.plan(*operands, **{**prepared.options, "v_layout": far})
