@@ -206,7 +206,7 @@ def _value(value: Any) -> torch.Tensor | None:
 def _traced(original: Mutant, graph: Graph) -> GraphModule | None:
     """`graph` as a module, or None where it could not have been traced, or does not run."""
     with quiet():
-        if not (_refresh(graph) and _is_well_formed(graph)):
+        if not (_refresh(graph) and _is_well_formed(graph) and _is_survivable(graph)):
             return None
     module = GraphModule(original.module, graph)
     return module if _runs(module, original.inputs) else None
@@ -248,6 +248,15 @@ def _is_well_formed(graph: Graph) -> bool:
     """AOTAutograd copies back what has the input's own shape and dtype, and nothing else."""
     pairs = [map(_value, node.args) for node in graph.nodes if _is_store(node)]
     return all(a is not None and b is not None and (a.shape, a.dtype) == (b.shape, b.dtype) for a, b in pairs)
+
+
+def _is_survivable(graph: Graph) -> bool:
+    """Attention on a CPU divides by how many heads of queries a head of keys serves. Where that is none it takes the
+    process along: a division by zero in C++ is no exception.
+    """
+    attentions = [node for node in graph.nodes if "scaled_dot_product" in str(node.target)]
+    pairs = [[value.shape for value in map(_value, node.args[:2]) if value is not None] for node in attentions]
+    return all(query.numel() and key.numel() and query[1] % key[1] == 0 for query, key in pairs)
 
 
 def _runs(module: GraphModule, inputs: Sequence[Any]) -> bool:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from prologue import Prologue, arguments
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from fx_fusion.mutants import Mutants, capture, region, rewritten
+from fx_fusion.mutants import Mutants, _is_survivable, capture, region, rewritten
 
 
 def some(count=20, seed=0):
@@ -52,3 +54,13 @@ def test_a_mutant_leaves_the_original_alone():
     for mutant in mutants:
         rewritten(mutant)
     assert mutants.original.module.code == before
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "runs"), [(4, 2, True), (2, 4, False), (3, 2, False)])
+def test_attention_that_would_kill_the_process_is_not_run(heads, kv_heads, runs):
+    def attention(q, k):
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, k)[0]
+
+    q, k = torch.randn(1, heads, 1, 8), torch.randn(1, kv_heads, 5, 8)
+    graph = make_fx(attention, tracing_mode="fake")(q, k).graph
+    assert _is_survivable(graph) == runs
