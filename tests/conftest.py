@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import opaque_ops
 import pytest
 import torch
 
@@ -19,6 +20,22 @@ def fresh(tmp_path, monkeypatch):
     torch.manual_seed(0)
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture(params=[True, False], ids=["v2", "v1"])
+def functionalised(request):
+    """In which of two ways an operation that writes its arguments is made functional."""
+    with torch._inductor.config.patch(enable_auto_functionalized_v2=request.param):
+        yield
+
+
+@pytest.fixture
+def libraries():
+    """Stand-ins for the operations of vLLM and SGLang, under their names."""
+    held = [opaque_ops.register(*each) for each in (*opaque_ops.VLLM.items(), *opaque_ops.SGLANG.items())]
+    yield
+    for library in held:
+        library._destroy()
 
 
 def pytest_collection_modifyitems(items):

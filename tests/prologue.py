@@ -68,6 +68,23 @@ class Prologue(nn.Module):
         return self.o_proj(q.flatten(1))
 
 
+class Joint(Prologue):
+    """One input holds both; the stacked key and value are stored at once. kv_cache [SLOTS, 2, Hk, D]"""
+
+    shape: tuple[int, ...] = (SLOTS, 2, NUM_KV_HEADS, HEAD_DIM)
+
+    def forward(self, x: Tensor, positions: Tensor, slots: Tensor, kv_cache: Tensor) -> Tensor:
+        q, k, v = self.split(self.project(x))
+        cos, sin = self.angles(positions)
+        q = self.rotate(self.norm(q, self.q_weight), cos, sin)
+        k = self.rotate(self.norm(k, self.k_weight), cos, sin)
+        self.store(kv_cache, slots, self.join(k, v))
+        return self.consume(q, k, v, kv_cache, kv_cache)
+
+    def join(self, k: Tensor, v: Tensor) -> Tensor:
+        return torch.stack([k, v], 1)
+
+
 def arguments(
     tokens: int = 5, dtype: torch.dtype = torch.float32, cache: tuple[int, ...] | None = None
 ) -> tuple[Tensor, ...]:

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from prologue import HEAD_DIM, HIDDEN, NUM_HEADS, NUM_KV_HEADS, SLOTS, Prologue, arguments
+from prologue import HEAD_DIM, HIDDEN, NUM_HEADS, NUM_KV_HEADS, SLOTS, Joint, Prologue, arguments
 
 import fx_fusion
 
@@ -73,23 +73,6 @@ def test_stores_as_in_eager(model, dtype):
             assert int((got.view(torch.uint8).int() - want.view(torch.uint8).int()).abs().max()) <= 1
         else:
             assert torch.allclose(got, want, rtol=1e-4, atol=1e-5)
-
-
-class Joint(Prologue):
-    """Keys and values stored at once, as one tensor."""
-
-    shape: tuple[int, ...] = (SLOTS, 2, NUM_KV_HEADS, HEAD_DIM)
-
-    def forward(self, x, positions, slots, kv_cache):
-        q, k, v = self.split(self.project(x))
-        cos, sin = self.angles(positions)
-        q = self.rotate(self.norm(q, self.q_weight), cos, sin)
-        k = self.rotate(self.norm(k, self.k_weight), cos, sin)
-        self.store(kv_cache, slots, self.join(k, v))
-        return self.consume(q, k, v, kv_cache, kv_cache)
-
-    def join(self, k, v):
-        return torch.stack([k, v], 1)
 
 
 class LanesTakeTurns(Joint):

@@ -54,13 +54,6 @@ def declared():
         yield
 
 
-@pytest.fixture(params=[True, False], ids=["v2", "v1"])
-def functionalised(request):
-    """In which of two ways an operation that writes its arguments is made functional."""
-    with torch._inductor.config.patch(enable_auto_functionalized_v2=request.param):
-        yield
-
-
 @pytest.fixture(autouse=True)
 def graphs(monkeypatch):
     """The graphs that the pass leaves; in each there are as many fused calls as its report says."""
@@ -527,14 +520,6 @@ def test_names_of_ones_own():
 
 
 # --- the libraries' own names -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def libraries():
-    held = [opaque_ops.register(*each) for each in (*opaque_ops.VLLM.items(), *opaque_ops.SGLANG.items())]
-    yield
-    for library in held:
-        library._destroy()
 
 
 class Vllm(Opaque):

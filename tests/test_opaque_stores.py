@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 
-import opaque_ops
 import pytest
 import torch
 from prologue import EPS, HEAD_DIM, HIDDEN, NUM_HEADS, NUM_KV_HEADS, SECTION, Prologue, arguments
@@ -18,19 +17,7 @@ from fx_fusion.testing import assert_declines, assert_fuses, run
 BLOCKS, BLOCK_SIZE = 8, 8
 
 
-@pytest.fixture(autouse=True)
-def libraries():
-    held = [opaque_ops.register(*each) for each in (*opaque_ops.VLLM.items(), *opaque_ops.SGLANG.items())]
-    yield
-    for library in held:
-        library._destroy()
-
-
-@pytest.fixture(params=[True, False], ids=["v2", "v1"])
-def functionalised(request):
-    """In which of two ways an operation that writes its arguments is made functional."""
-    with torch._inductor.config.patch(enable_auto_functionalized_v2=request.param):
-        yield
+pytestmark = pytest.mark.usefixtures("libraries")
 
 
 @pytest.fixture(autouse=True)

@@ -68,14 +68,6 @@ CALLS = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def libraries():
-    held = [opaque_ops.register(*each) for each in (*opaque_ops.VLLM.items(), *opaque_ops.SGLANG.items())]
-    yield
-    for library in held:
-        library._destroy()
-
-
 def test_every_meaning_is_compared():
     assert {f"{name}.default" for name in CALLS} == set(READY_MADE)
 

@@ -9,7 +9,7 @@ import opaque_ops
 import torch
 import torch.nn.functional as F
 from models import VOCABULARY, Run
-from prologue import EPS, HEAD_DIM, HIDDEN, NUM_HEADS, NUM_KV_HEADS, SLOTS, Prologue, arguments
+from prologue import EPS, HEAD_DIM, HIDDEN, NUM_HEADS, NUM_KV_HEADS, SLOTS, Joint, Prologue, arguments
 from torch import nn
 
 import fx_fusion
@@ -249,24 +249,9 @@ def keys_and_values_in_one_tensor() -> Case:
     return OneTensor(), (*arguments()[:3], torch.randn(2, SLOTS, NUM_KV_HEADS, HEAD_DIM)), {}
 
 
-class _Joint(Prologue):
-    """Keys and values stored at once, as one tensor."""
-
-    def forward(self, x, positions, slots, kv_cache):
-        q, k, v = self.split(self.project(x))
-        cos, sin = self.angles(positions)
-        q = self.rotate(self.norm(q, self.q_weight), cos, sin)
-        k = self.rotate(self.norm(k, self.k_weight), cos, sin)
-        self.store(kv_cache, slots, self.join(k, v))
-        return self.o_proj(q.flatten(1))
-
-    def join(self, k, v):
-        return torch.stack([k, v], 1)
-
-
 @case
 def stored_at_once() -> Case:
-    return _Joint(), (*arguments()[:3], torch.randn(SLOTS, 2, NUM_KV_HEADS, HEAD_DIM)), {}
+    return Joint(), (*arguments()[:3], torch.randn(Joint.shape)), {}
 
 
 @case

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from prologue import HEAD_DIM, HIDDEN, NUM_HEADS, NUM_KV_HEADS, SLOTS, Prologue, arguments
+from prologue import HEAD_DIM, HIDDEN, NUM_HEADS, NUM_KV_HEADS, SLOTS, Joint, Prologue, arguments
 from torch import nn
 
 from fx_fusion.anatomy import Recorder
@@ -15,26 +15,6 @@ from fx_fusion.testing import assert_declines, assert_fuses, run
 from fx_fusion.trace import explain_to
 
 BLOCK = 8
-
-
-class Joint(Prologue):
-    """One input holds both; the stacked key and value are stored at once. [slots, 2, Hk, D]"""
-
-    shape: tuple[int, ...] = (SLOTS, 2, NUM_KV_HEADS, HEAD_DIM)
-
-    def forward(self, x, positions, slots, kv_cache):
-        q, k, v = self.split(self.project(x))
-        cos, sin = self.angles(positions)
-        q = self.rotate(self.norm(q, self.q_weight), cos, sin)
-        k = self.rotate(self.norm(k, self.k_weight), cos, sin)
-        self.store(kv_cache, slots, self.join(k, v))
-        return self.consume(q, k, v, kv_cache, kv_cache)
-
-    def join(self, k, v):
-        return torch.stack([k, v], 1)
-
-    def store(self, cache, slots, value):
-        cache[slots] = value
 
 
 def given(model, tokens=5, dtype=torch.float32):
