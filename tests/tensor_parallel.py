@@ -1,6 +1,7 @@
 """One rank of a tensor-parallel Transformers model, fused: ``torchrun --nproc-per-node 2 tests/tensor_parallel.py …``.
 
-Prints one line of JSON for each rank: how many layers its graph has, how many are fused, and the tokens it decoded.
+Writes ``rank-N.json`` beside the checkpoint: how many layers are fused, with how many KV heads, and the tokens decoded.
+A file for each rank, because what two processes print into one pipe can share a line.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -53,7 +55,8 @@ def main(checkpoint: str, kernel: str, inner: str) -> None:
     tokens = tokens_of(model, compiled, device)
     report = fx_fusion.last_report()
     heads = [layer.facts["num_kv_heads"] for layer in report.fused]
-    print(json.dumps({"rank": rank, "fused": len(report.fused), "kv_heads": heads, "tokens": tokens}), flush=True)
+    found = {"fused": len(report.fused), "kv_heads": heads, "tokens": tokens}
+    Path(checkpoint, f"rank-{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
 
