@@ -268,7 +268,9 @@ def _check_lanes(name: str, head_dim: int, *strides: Size) -> None:
             )
 
 
-def qk_norm_rope_cache(*operands: Tensor | None, return_k: bool, **options: Any) -> tuple[Tensor, Tensor]:
+def qk_norm_rope_cache(
+    *operands: Tensor | None, return_k: bool, tile: Tile | None = None, **options: Any
+) -> tuple[Tensor, Tensor]:
     """Launch the kernel now. See :func:`fx_fusion.op.qk_norm_rope_cache`."""
     q, k, *_ = operands
     assert q is not None and k is not None
@@ -278,7 +280,7 @@ def qk_norm_rope_cache(*operands: Tensor | None, return_k: bool, **options: Any)
         )
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device) if return_k else None
-    launch = plan(*operands, **options)  # pyright: ignore[reportArgumentType]
+    launch = _plan_once(operands, options, tile or _tuned_tile(q, k.shape[2], options["rotary_dim"]))
     if launch.grid[0]:
         *inputs, k_cache, v_cache = operands
         with torch.cuda.device(q.device):
@@ -292,6 +294,23 @@ def qk_norm_rope_cache(*operands: Tensor | None, return_k: bool, **options: Any)
                 num_warps=launch.tile.num_warps,
             )
     return q_out, k_out if k_out is not None else q_out.new_empty(0)
+
+
+#: Plans of calls that ran: making one takes the host longer than a launch, and a model makes few kinds of calls.
+_plans: dict[Any, Launch] = {}
+_MOST_PLANS = 1024
+
+
+def _plan_once(operands: Sequence[Tensor | None], options: dict[str, Any], tile: Tile | None) -> Launch:
+    """The plan of this call; of calls that differ in the tensors' contents alone, made once."""
+    seen = [t if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in operands]
+    asked = (*seen, tile, *{**options, "axes": tuple(options["axes"])}.items())
+    found = _plans.get(asked)
+    if found is None:
+        if len(_plans) >= _MOST_PLANS:
+            _plans.clear()
+        found = _plans[asked] = plan(*operands, **options, tile=tile)  # pyright: ignore[reportArgumentType]
+    return found
 
 
 def as_bytes(cache: Any) -> Tensor:

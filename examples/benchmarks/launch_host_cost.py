@@ -3,7 +3,7 @@
     python examples/benchmarks/launch_host_cost.py
 
 * launch: a plain Triton launch, its arguments prepared: what any kernel with as many arguments costs;
-* operation: ``torch.ops.fx_fusion.qk_norm_rope_cache``, which plans the launch at every call;
+* operation: ``torch.ops.fx_fusion.qk_norm_rope_cache``, called directly: it looks its plan up, checks and allocates;
 * compiled fused, compiled stock: a compiled projection and prologue, outside a CUDA graph, with fx_fusion's one launch
   and with stock Inductor's several.
 

@@ -11,6 +11,7 @@ from launches.problem import Prepared, Variant, prepare
 
 import fx_fusion
 from fx_fusion.kernels import triton
+from fx_fusion.kernels.tile import Tile
 
 
 def launch(prepared: Prepared, **changed: object) -> None:
@@ -115,6 +116,59 @@ def test_more_work_shares_more_and_heads_of_any_width_fill_a_thread_alike():
     assert narrow.tokens * 64 == tiles[-1].tokens * 128
     assert wide.num_warps == tiles[-1].num_warps
     assert triton.choose_tile(4096, 32, 8, 128, wave_size=64).tokens == 2 * tiles[-1].tokens
+
+
+def planned(operands, options, tile=None):
+    return triton._plan_once(operands, options, tile)
+
+
+def test_calls_that_differ_in_contents_alone_are_planned_once():
+    operands, options = arguments()
+    launch = planned(operands, options)
+    alike = [t if t is None else torch.empty_strided(t.shape, t.stride(), dtype=t.dtype) for t in operands]
+    assert planned(alike, {**options, "axes": list(options["axes"])}) is launch
+    assert launch == triton.plan(*operands, **options)
+
+
+def wider(tensor):
+    return torch.empty_strided(tensor.shape, [2 * stride for stride in tensor.stride()], dtype=tensor.dtype)
+
+
+@pytest.mark.parametrize("names", [("q",), ("k", "v"), ("cos",), ("positions",), ("slots",)])
+def test_other_strides_are_planned_anew(names):
+    operands, options = arguments()
+    tensors = prepare(Variant(tile=None)).tensors
+    others, _ = arguments(**{name: wider(tensors[name]) for name in names})
+    launch = planned(operands, options)
+    assert planned(others, options) == triton.plan(*others, **options) != launch
+
+
+def test_another_dtype_and_other_sizes_are_planned_anew():
+    operands, options = arguments()
+    launch = planned(operands, options)
+    tensors = prepare(Variant(tile=None)).tensors
+    for changes in (
+        {"k_cache": tensors["k_cache"].to(torch.float8_e5m2)},
+        {"cos": tensors["cos"][:-1], "sin": tensors["sin"][:-1]},
+    ):
+        others, _ = arguments(**changes)
+        assert planned(others, options) == triton.plan(*others, **options) != launch
+
+
+@pytest.mark.parametrize("change", [{"q_eps": 0.5}, {"saturate": True}, {"axes": [1] * 64}, {"rotary_dim": 64}])
+def test_other_options_are_planned_anew(change):
+    operands, options = arguments()
+    launch = planned(operands, options)
+    assert planned(operands, {**options, **change}) == triton.plan(*operands, **{**options, **change}) != launch
+    assert planned(operands, options, Tile(1, 1)).tile == Tile(1, 1)
+
+
+def test_plans_do_not_pile_up(monkeypatch):
+    monkeypatch.setattr(triton, "_MOST_PLANS", 3)
+    operands, options = arguments()
+    for eps in range(1, 10):
+        planned(operands, {**options, "k_eps": 1.0 / eps})
+    assert len(triton._plans) <= 3
 
 
 def test_lanes_further_apart_than_the_kernel_counts_are_refused():
