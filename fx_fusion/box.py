@@ -6,7 +6,7 @@ read finds what was written to another part.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -110,17 +110,26 @@ def within(inner: Box, outer: Box) -> Box | None:
     return tuple(relative)
 
 
-def take(emit: Emitter, source: Node, box: Box, size: Sequence[Size], order: Sequence[int] = ()) -> Node:
-    """The part `box` of `source`, in shape `size`; always a node of its own.
+def views(value: torch.Tensor, box: Box, size: Sequence[Size], order: Sequence[int] = ()) -> Iterator[tuple[Any, ...]]:
+    """The operations, each with its further arguments, that make the part `box` of `value`, in shape `size`; at least
+    one.
 
     Args:
-        order: the dimensions of `size` as they follow each other in `source`, if not as they come.
+        order: the dimensions of `size` as they follow each other in `value`, if not as they come.
     """
     for dim, (start, length) in enumerate(box):
-        if not same([start, length], [0, source.meta["val"].shape[dim]]):
-            source = emit.call(aten.slice.Tensor, source, dim, start, start + length)
-    part = emit.call(aten.reshape.default, source, [emit.size(size[dim]) for dim in order or range(len(size))])
-    return emit.call(aten.permute.default, part, [order.index(dim) for dim in range(len(order))]) if order else part
+        if not same([start, length], [0, value.shape[dim]]):
+            yield aten.slice.Tensor, dim, start, start + length
+    yield aten.reshape.default, [size[dim] for dim in order or range(len(size))]
+    if order:
+        yield aten.permute.default, [order.index(dim) for dim in range(len(order))]
+
+
+def take(emit: Emitter, source: Node, box: Box, size: Sequence[Size], order: Sequence[int] = ()) -> Node:
+    """The part `box` of `source`: see :func:`views`. Always a node of its own."""
+    for target, *args in views(source.meta["val"], box, size, order):
+        source = emit.call(target, source, *args)
+    return source
 
 
 def put(emit: Emitter, target: Node, box: Box, value: Node, order: Sequence[int] = ()) -> Node:

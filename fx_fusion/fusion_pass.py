@@ -130,7 +130,7 @@ def apply(graph: Graph, config: Config, *, training: bool = False, observer: Obs
             inlined.restore(rewritten=rewritten)
             if rewritten:
                 rewrite.finish(graph)
-            mutated += inlined.hidden_stores or len(inlined.hidden_attention)
+            mutated += len(inlined.hidden_stores or inlined.hidden_attention)
     stores = 0 if any(layer.code == "store.missing" for layer in layers) else mutated
     if len(layers) > 1:
         layers = [layer for layer in layers if layer.code != "store.missing"]
@@ -159,10 +159,10 @@ def _with_meanings(layers: list[LayerReport], inlined: Inlined) -> list[LayerRep
     """`layers`, and what kept operations opaque, each reason once. A store that is hidden in one is not missing, and
     what an operation writes is told once.
     """
-    reasons = inlined.declined
+    reasons = [*inlined.declined, *inlined.hidden_stores]
     missing = any(layer.code == "store.missing" for layer in layers)
     if missing and not inlined.hidden_stores:
-        reasons = [*reasons, *inlined.hidden_attention]
+        reasons += inlined.hidden_attention
     declined = {(decline.code, decline.found): _declined("meaning", decline) for decline in reversed(reasons)}
     if any(layer.code == "meaning.hidden" for layer in declined.values()):
         layers = [layer for layer in layers if layer.code != "store.missing"]

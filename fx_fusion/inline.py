@@ -27,11 +27,11 @@ from fx_fusion.decline import Decline
 from fx_fusion.emit import Emitter, fake_mode_of, value_of
 from fx_fusion.meaning import MEANINGS, Meaning, signature_mismatch
 from fx_fusion.meaning_trace import NoMeaning, TracedMeaning, complete, is_input, trace
-from fx_fusion.meanings import HIDDEN, HIDDEN_ATTENTION
+from fx_fusion.meanings import HIDDEN
 from fx_fusion.meanings.steps import WITHOUT_STORE
 from fx_fusion.opset import aten
 from fx_fusion.region import strip_aliases
-from fx_fusion.sizes import Sizes, admissible_sizes, same
+from fx_fusion.sizes import Sizes, admissible_sizes
 
 _VIEWS = (aten.view.default, aten._unsafe_view.default)
 
@@ -117,7 +117,7 @@ class Inlined:
         self._graph = graph
         self.expansions: list[_Expansion] = []
         self.declined: list[Decline] = []
-        self.hidden_stores = 0
+        self.hidden_stores: list[Decline] = []
         self.hidden_attention: list[Decline] = []
         self._of: dict[Node, _Expansion] = {}
         self._known: set[Node] = set()
@@ -229,14 +229,10 @@ def inline(graph: Graph) -> Inlined:
         op = operation(node)
         if op is None:
             continue
-        reason = HIDDEN.get(op._schema.name)
-        if reason is not None:
-            done.hidden_stores += 1
-            done.declined.append(Decline("meaning.hidden", f"{op._schema.name} {reason}", [node]))
-            continue
-        reason = HIDDEN_ATTENTION.get(op._schema.name)
-        if reason is not None:
-            done.hidden_attention.append(Decline("meaning.hidden", f"{op._schema.name} {reason}", [node]))
+        hidden = HIDDEN.get(op._schema.name)
+        if hidden is not None:
+            decline = Decline("meaning.hidden", f"{op._schema.name} {hidden.reason}", [node])
+            (done.hidden_attention if hidden.attention else done.hidden_stores).append(decline)
             continue
         meaning = MEANINGS.of(op)
         if meaning is None:
@@ -293,13 +289,9 @@ def _part_value(part: Part) -> torch.Tensor:
     """The view of a base that an operation writes, on fake tensors."""
     value: torch.Tensor = part.base.meta["val"]
     with value.fake_mode:  # type: ignore[attr-defined]
-        for dim, (start, length) in enumerate(part.box):
-            if not same([start, length], [0, value.shape[dim]]):
-                value = aten.slice.Tensor(value, dim, start, start + length)
-        if not part.order:
-            return aten.view.default(value, part.size)
-        moved = aten.view.default(value, [part.size[dim] for dim in part.order])
-        return aten.permute.default(moved, [part.order.index(dim) for dim in range(len(part.order))])
+        for target, *args in boxes.views(value, part.box, part.size, part.order):
+            value = target(value, *args)
+    return value
 
 
 def _signature(sample: dict[str, Any]) -> tuple[Any, ...]:

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -32,6 +32,16 @@ class Meaning:
         """The operation, as people write it, and the function that stands for it."""
         assert self.fn is not None
         return f"{self.name.removesuffix('.default')} = {self.fn.__module__}.{self.fn.__qualname__}"
+
+
+class Hidden(NamedTuple):
+    """Why an operation that stores has no meaning: what it stores where is not in the graph.
+
+    `attention` stores keys and values itself, unless another operation does.
+    """
+
+    reason: str
+    attention: bool = False
 
 
 class MeaningHandle:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from fx_fusion.meaning import Meaning
+from fx_fusion.meaning import Hidden, Meaning
 from fx_fusion.meanings import sglang, vllm
 
 #: By qualified name. What the user declares for the same operation comes first.
 READY_MADE: dict[str, Meaning] = {meaning.name: meaning for meaning in (*vllm.MEANINGS, *sglang.MEANINGS)}
 
-#: Stores that no meaning can be declared for, and why.
-HIDDEN: dict[str, str] = vllm.HIDDEN
-
-#: Attention that stores keys and values itself, unless another operation does, and why that cannot be fused.
-HIDDEN_ATTENTION: dict[str, str] = {**vllm.HIDDEN_ATTENTION, **sglang.HIDDEN_ATTENTION}
+#: Stores that no meaning can be declared for, by the name in the schema.
+HIDDEN: dict[str, Hidden] = {**vllm.HIDDEN, **sglang.HIDDEN}

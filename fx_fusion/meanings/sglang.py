@@ -19,7 +19,7 @@ from torch import Tensor
 from fx_fusion.meaning import Meaning
 from fx_fusion.meanings.steps import STORES_UNSEEN, rms_norm, rotate, table_rows
 
-HIDDEN_ATTENTION = {"sglang::unified_attention_with_output": STORES_UNSEEN}
+HIDDEN = {"sglang::unified_attention_with_output": STORES_UNSEEN}
 
 
 def rmsnorm(output: Tensor, input: Tensor, weight: Tensor, eps: float, enable_pdl: bool = False) -> None:

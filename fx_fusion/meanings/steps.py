@@ -7,13 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fx_fusion.meaning import Hidden
+
 #: What can be had where the store is out of sight.
 WITHOUT_STORE = "Norm and rotation can: fx_fusion.register_fusion(fx_fusion.QkNormRope())"
 
 #: Of attention that finds its cache in a forward context.
-STORES_UNSEEN = (
+STORES_UNSEEN = Hidden(
     "stores keys and values itself, in a cache from the forward context that is not in the graph, so the store cannot "
-    f"be fused. {WITHOUT_STORE}"
+    f"be fused. {WITHOUT_STORE}",
+    attention=True,
 )
 
 

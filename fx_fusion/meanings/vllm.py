@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fx_fusion.meaning import Meaning
+from fx_fusion.meaning import Hidden, Meaning
 from fx_fusion.meanings.steps import (
     STORES_UNSEEN,
     WITHOUT_STORE,
@@ -42,11 +42,12 @@ _FORWARD_CONTEXT = (
 )
 
 HIDDEN = {
-    "vllm::unified_kv_cache_update": f"{_FORWARD_CONTEXT}. {WITHOUT_STORE}",
-    "vllm::unified_mla_kv_cache_update": _FORWARD_CONTEXT,
-    "vllm::fused_rope_and_unified_kv_cache_update": _FORWARD_CONTEXT,
+    "vllm::unified_kv_cache_update": Hidden(f"{_FORWARD_CONTEXT}. {WITHOUT_STORE}"),
+    "vllm::unified_mla_kv_cache_update": Hidden(_FORWARD_CONTEXT),
+    "vllm::fused_rope_and_unified_kv_cache_update": Hidden(_FORWARD_CONTEXT),
+    "vllm::unified_attention_with_output": STORES_UNSEEN,
+    "vllm::unified_attention": STORES_UNSEEN,
 }
-HIDDEN_ATTENTION = dict.fromkeys(("vllm::unified_attention_with_output", "vllm::unified_attention"), STORES_UNSEEN)
 
 
 def ir_rms_norm(x: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None) -> Tensor:
