@@ -328,7 +328,6 @@ def _dims(value: Any, rank: int) -> set[int]:
     return {dim % rank for dim in dims}
 
 
-_RESHAPES = frozenset({aten.reshape.default, aten.view.default, aten._unsafe_view.default})
 _VIEWS = frozenset(
     {
         aten.permute.default, aten.t.default, aten.transpose.int, aten.unsqueeze.default, aten.squeeze.default,
@@ -346,7 +345,7 @@ _POINTWISE = (
 _RULES: dict[Any, Rule] = {
     **dict.fromkeys(_POINTWISE, _pointwise),
     **dict.fromkeys(_VIEWS, _view),
-    **dict.fromkeys(_RESHAPES, _reshape),
+    **dict.fromkeys(opset.RESHAPE, _reshape),
     **dict.fromkeys(opset.REDUCTIONS, _reduction),
     **dict.fromkeys(_ARGUMENTS, _along_others),
     aten.cat.default: _cat,
@@ -372,7 +371,7 @@ def _copy(inputs: Sequence[Node], steps: Sequence[Node], axes: Axes, size: int, 
     for node in steps:
         copies[node] = graph.node_copy(node, copies.__getitem__)
         axis = axes[node]
-        if axis is not None and (node.target in _RESHAPES or node.target is aten.expand.default):
+        if axis is not None and (node.target in opset.RESHAPE or node.target is aten.expand.default):
             copies[node].args = (copies[node].args[0], _short(_shapes(node)[0], axis, few))
     for node, copy in copies.items():
         copy.meta = {**node.meta, "val": _short_value(node.meta["val"], axes[node], few)}

@@ -300,7 +300,7 @@ def _corresponding(place: Place, replacement: Functional) -> list[tuple[Node, No
 
 def _copy(emit: Emitter, node: Node, copied: Mapping[Node, Any]) -> Node:
     args, kwargs = map_aggregate((node.args, node.kwargs), lambda a: copied[a] if isinstance(a, Node) else a)
-    target = aten.reshape.default if node.target in (aten.view.default, aten._unsafe_view.default) else node.target
+    target = aten.reshape.default if node.target in opset.RESHAPE else node.target
     new = emit.call_with_value(node.meta["val"], target, *args, **kwargs)
     if opset.is_opaque(node):
         # A custom operation or a kernel launch gets its tensors with the strides that they have here.

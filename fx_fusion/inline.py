@@ -25,15 +25,12 @@ from fx_fusion.call_forms import OpaqueCall, Part, operation, read_call
 from fx_fusion.comparison import COMPARISONS, Comparison
 from fx_fusion.decline import Decline
 from fx_fusion.emit import Emitter, fake_mode_of, value_of
-from fx_fusion.meaning import MEANINGS, Meaning, signature_mismatch
+from fx_fusion.meaning import MEANINGS, WITHOUT_STORE, Meaning, signature_mismatch
 from fx_fusion.meaning_trace import NoMeaning, TracedMeaning, complete, is_input, trace
 from fx_fusion.meanings import HIDDEN
-from fx_fusion.meanings.steps import WITHOUT_STORE
 from fx_fusion.opset import aten
 from fx_fusion.region import strip_aliases
 from fx_fusion.sizes import Sizes, admissible_sizes
-
-_VIEWS = (aten.view.default, aten._unsafe_view.default)
 
 
 @dataclass
@@ -82,7 +79,7 @@ class _Expansion:
             if node in seen or node in replaced or node not in own:
                 continue
             seen.add(node)
-            if not (opset.is_movement(node) or node.target is aten.slice_scatter.default):
+            if not _only_moves(node):
                 return node
             stack.extend(node.all_input_nodes)
         return None
@@ -104,7 +101,7 @@ class _Expansion:
             if node not in known:
                 replaced = True
             elif node in own:
-                if not (opset.is_movement(node) or node.target is aten.slice_scatter.default):
+                if not _only_moves(node):
                     return True
                 stack.extend(node.all_input_nodes)
         return not replaced
@@ -198,6 +195,10 @@ class Inlined:
                 user.replace_input_with(now, held)
             changed.extend(users)
         return changed
+
+
+def _only_moves(node: Node) -> bool:
+    return opset.is_movement(node) or node.target is aten.slice_scatter.default
 
 
 def _is_root(node: Node) -> bool:
@@ -375,7 +376,7 @@ def _splice(
         name = f"{call.op._opname}_{node.name}"
         args, kwargs = map_aggregate((node.args, node.kwargs), value_here)
         # Inductor's graphs hold no strict views at this point: what is viewed may get other strides by a rewrite.
-        target = aten.reshape.default if node.target in _VIEWS else node.target
+        target = aten.reshape.default if node.target in opset.RESHAPE else node.target
         copied = graph.create_node("call_function", target, args, kwargs, name=name)
         copied.meta = {"val": node.meta["val"]} if "val" in node.meta else {}
         if target in opset.VIEW:

@@ -34,6 +34,10 @@ class Meaning:
         return f"{self.name.removesuffix('.default')} = {self.fn.__module__}.{self.fn.__qualname__}"
 
 
+#: What can be had where the store is out of sight.
+WITHOUT_STORE = "Norm and rotation can: fx_fusion.register_fusion(fx_fusion.QkNormRope())"
+
+
 class Hidden(NamedTuple):
     """Why an operation that stores has no meaning: what it stores where is not in the graph.
 

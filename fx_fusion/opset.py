@@ -19,10 +19,13 @@ from torch.fx import Node
 aten = torch.ops.aten
 prims = torch.ops.prims
 
+#: The same values in the same order, in another shape.
+RESHAPE = frozenset({aten.reshape.default, aten.view.default, aten._unsafe_view.default})
+
 #: One tensor in, the same values out, elsewhere.
-MOVEMENT = frozenset(
+MOVEMENT = RESHAPE | frozenset(
     {
-        aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.permute.default, aten.t.default,
+        aten.permute.default, aten.t.default,
         aten.transpose.int, aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims,
         aten.expand.default, aten.slice.Tensor, aten.select.int, aten.clone.default, aten.alias.default,
         aten.detach.default, aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int, aten.flip.default,

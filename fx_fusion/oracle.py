@@ -105,9 +105,8 @@ class Runnable:
     def stores_twice(self, trial: Trial) -> bool:
         """Whether some store of the graph writes one place more than once."""
         stores = _Stores(self._module)
-        pokes = [trial.pokes.get(name, _untouched) for name in self._names]
         with torch.no_grad():
-            stores.run(*copies(trial.inputs), *pokes)
+            stores.run(*copies(trial.inputs), *self._pokes(trial))
         return stores.twice
 
     def __call__(self, trial: Trial, record: dict[str, Tensor] | None = None) -> list[Any]:
@@ -115,12 +114,15 @@ class Runnable:
         inputs = copies(trial.inputs)
         if self._double:
             inputs = [_widened(value) for value in inputs]
-        pokes = [trial.pokes.get(name, _untouched) for name in self._names]
+        pokes = self._pokes(trial)
         if record is not None:
             pokes = [_recording(poke, name, record) for name, poke in zip(self._names, pokes, strict=True)]
         with torch.no_grad(), _default_dtype(torch.float64 if self._double else torch.float32):
             outputs = self._module(*inputs, *pokes)
         return [leaf for leaf in pytree.tree_leaves((outputs, inputs)) if isinstance(leaf, Tensor)]
+
+    def _pokes(self, trial: Trial) -> list[Any]:
+        return [trial.pokes.get(name, _untouched) for name in self._names]
 
 
 class _Stores(Interpreter):

@@ -97,7 +97,7 @@ class Store:
     def keeps_order(self) -> bool:
         """Are the elements of ``after`` in the order of those of ``base``, whatever their shapes?"""
         steps = self.part(self.scatters[-1]) if self.scatters else self.views
-        return all(step.target in _RESHAPES for step in steps)
+        return all(step.target in opset.RESHAPE or step.target is aten.alias.default for step in steps)
 
     @property
     def into_slice(self) -> bool:
@@ -139,7 +139,6 @@ _ADDERS = frozenset(
     }
 )  # fmt: skip
 _JOINS = (aten.cat.default, aten.stack.default)
-_RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.alias.default)
 _INTEGER_CACHES = (torch.uint8, torch.int8)
 
 

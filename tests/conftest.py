@@ -32,10 +32,8 @@ def functionalised(request):
 @pytest.fixture
 def libraries():
     """Stand-ins for the operations of vLLM and SGLang, under their names."""
-    held = [opaque_ops.register(*each) for each in (*opaque_ops.VLLM.items(), *opaque_ops.SGLANG.items())]
-    yield
-    for library in held:
-        library._destroy()
+    with opaque_ops.registered({**opaque_ops.VLLM, **opaque_ops.SGLANG}):
+        yield
 
 
 def pytest_collection_modifyitems(items):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Generator
+
 import torch
 from torch import Tensor
 
@@ -226,3 +229,14 @@ def register(namespace: str, names: dict[str, str], device: str = "CPU") -> torc
         if stand_in in _FAKES:
             torch.library.register_fake(f"{namespace}::{name}", _FAKES[stand_in], lib=library)
     return library
+
+
+@contextlib.contextmanager
+def registered(libraries: dict[str, dict[str, str]], device: str = "CPU") -> Generator[None]:
+    """While it lasts, these `libraries` are there: the stand-ins by their names, by namespace."""
+    held = [register(*each, device=device) for each in libraries.items()]
+    try:
+        yield
+    finally:
+        for library in held:
+            library._destroy()

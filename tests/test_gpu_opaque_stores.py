@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import re
 
 import opaque_ops
 import pytest
 import torch
+from on_gpu import fused_and_eager
 from test_opaque_stores import GROUPED_SHAPE, VIEWS, Clamped, InGroups, Layers, OneTensor, given, taken_apart
-from torch._inductor.utils import run_and_get_code
-
-import fx_fusion
 
 pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(autouse=True)
 def libraries():
-    held = [opaque_ops.register(*each, device="CUDA") for each in opaque_ops.VLLM.items()]
-    yield
-    for library in held:
-        library._destroy()
+    with opaque_ops.registered(opaque_ops.VLLM, device="CUDA"):
+        yield
 
 
 def of(name: str):
@@ -48,20 +43,11 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_stores_as_in_eager(name):
-    torch.backends.cuda.matmul.allow_tf32 = False
     torch.manual_seed(0)
     model, args = CASES[name]()
-    model, args = model.cuda(), [arg.cuda() for arg in args]
-    expected, count = copy.deepcopy(args), 2 if isinstance(model, Layers) else 1
-    options = {"fx_fusion.kernel": "triton", "fx_fusion.require": count, "fx_fusion.strict": True}
-    torch._dynamo.reset()
-    with torch.no_grad():
-        wanted = model(*expected)
-        actual, (code, *_) = run_and_get_code(torch.compile(model, backend="fx_fusion", options=options), *args)
-    report = fx_fusion.last_report()
-    assert [layer.kernel for layer in report.fused] == ["triton"] * count, str(report)
+    fused, eager, report, code = fused_and_eager(model, args, count=2 if isinstance(model, Layers) else 1)
     assert "compared on cuda" in report.fused[0].assumed[0]
-    torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(args[-1], expected[-1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(fused[0], eager[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(fused[-1], eager[-1], rtol=1e-4, atol=1e-5)
     shape = re.escape(str(tuple(args[-1].shape)))
     assert not re.search(rf"empty_strided_\w+\({shape}", code), "the cache is copied"

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
+from on_gpu import fused_and_eager
 from prologue import HEAD_DIM, HIDDEN, NUM_HEADS, NUM_KV_HEADS, SLOTS, Joint, Prologue, arguments
-
-import fx_fusion
 
 pytestmark = pytest.mark.gpu
 
@@ -49,27 +46,12 @@ class Masked(Prologue):
 CASES = [(Bytes, torch.uint8), (Number, torch.float8_e4m3fn), (Slice, torch.float32), (Masked, torch.float32)]
 
 
-def fused_and_eager(module, given):
-    """Results and arguments, afterwards: of the compiled module, all fused by Triton, and of the module itself."""
-    torch.backends.cuda.matmul.allow_tf32 = False
-    module, args = module.cuda(), [arg.cuda() for arg in given]
-    expected = copy.deepcopy(args)
-    options = {"fx_fusion.kernel": "triton", "fx_fusion.require": 1, "fx_fusion.strict": True}
-    torch._dynamo.reset()
-    with torch.no_grad():
-        wanted = module(*expected)
-        actual = torch.compile(module, backend="fx_fusion", options=options)(*args)
-    report = fx_fusion.last_report()
-    assert [layer.kernel for layer in report.fused] == ["triton"], str(report)
-    return (actual, *args), (wanted, *expected)
-
-
 @pytest.mark.parametrize(("model", "dtype"), CASES, ids=lambda value: getattr(value, "__name__", str(value)))
 def test_stores_as_in_eager(model, dtype):
     torch.manual_seed(0)
     x, positions, slots, *_ = arguments()
     slots[1] = -1 if model is Masked else slots[1]
-    fused, eager = fused_and_eager(model(), (x, positions, slots, *torch.zeros(2, *SHAPE).to(dtype)))
+    fused, eager, *_ = fused_and_eager(model(), (x, positions, slots, *torch.zeros(2, *SHAPE).to(dtype)))
     assert torch.allclose(fused[0], eager[0], rtol=1e-4, atol=1e-4)
     for got, want in zip(fused[-2:], eager[-2:], strict=True):
         if dtype.itemsize == 1:
@@ -126,5 +108,6 @@ def _by_sequence():
 def test_stores_at_once_and_by_sequence_as_in_eager(model):
     torch.manual_seed(0)
     given = _by_sequence() if model is BySequenceAndPosition else (*arguments()[:3], torch.randn(model.shape))
-    for got, want in zip(*fused_and_eager(model(), given), strict=True):
+    fused, eager, *_ = fused_and_eager(model(), given)
+    for got, want in zip(fused, eager, strict=True):
         assert torch.allclose(got, want, rtol=1e-4, atol=1e-4)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fx_fusion.meaning import Meaning
-from fx_fusion.meanings.steps import STORES_UNSEEN, rms_norm, rotate, table_rows
+from fx_fusion.meanings.steps import STORES_UNSEEN, rms_norm, rotate, store_where, table_rows
 
 HIDDEN = {"sglang::unified_attention_with_output": STORES_UNSEEN}
 
@@ -34,18 +34,20 @@ def gemma_rmsnorm(output: Tensor, input: Tensor, weight: Tensor, eps: float, ena
 
 def fused_add_rmsnorm(input: Tensor, residual: Tensor, weight: Tensor, eps: float, enable_pdl: bool = False) -> None:
     """``sgl_kernel::fused_add_rmsnorm(Tensor! input, Tensor! residual, Tensor weight, float eps, bool enable_pdl)``"""
-    total = input.float() + residual.float()
-    residual.copy_(total)
-    input.copy_(rms_norm(total, weight, eps))
+    _add_and_norm(input, residual, weight, eps)
 
 
 def gemma_fused_add_rmsnorm(
     input: Tensor, residual: Tensor, weight: Tensor, eps: float, enable_pdl: bool = False
 ) -> None:
     """``sgl_kernel::gemma_fused_add_rmsnorm``: as `fused_add_rmsnorm`, but times ``1 + weight``."""
+    _add_and_norm(input, residual, weight, eps, gemma=True)
+
+
+def _add_and_norm(input: Tensor, residual: Tensor, weight: Tensor, eps: float, *, gemma: bool = False) -> None:
     total = input.float() + residual.float()
     residual.copy_(total)
-    input.copy_(rms_norm(total, weight, eps, gemma=True))
+    input.copy_(rms_norm(total, weight, eps, gemma=gemma))
 
 
 def apply_rope_pos_ids_cos_sin_cache(
@@ -93,10 +95,10 @@ def store_cache(
     [N, H * D]; nothing is stored at `reserved_skip_index`, which only later versions have.
     """
     for source, cache in ((k, k_cache), (v, v_cache)):
-        stored = source
         if reserved_skip_index >= 0:
-            stored = torch.where((indices != reserved_skip_index).unsqueeze(-1), source, cache[indices])
-        cache[indices] = stored
+            store_where(indices != reserved_skip_index, cache, (indices,), source)
+        else:
+            cache[indices] = source
 
 
 def _in_table(given: dict[str, Any]) -> None:

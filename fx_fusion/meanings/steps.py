@@ -7,10 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fx_fusion.meaning import Hidden
-
-#: What can be had where the store is out of sight.
-WITHOUT_STORE = "Norm and rotation can: fx_fusion.register_fusion(fx_fusion.QkNormRope())"
+from fx_fusion.meaning import WITHOUT_STORE, Hidden
 
 #: Of attention that finds its cache in a forward context.
 STORES_UNSEEN = Hidden(

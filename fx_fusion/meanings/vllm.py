@@ -25,10 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fx_fusion.meaning import Hidden, Meaning
+from fx_fusion.meaning import WITHOUT_STORE, Hidden, Meaning
 from fx_fusion.meanings.steps import (
     STORES_UNSEEN,
-    WITHOUT_STORE,
     mix_axes,
     rms_norm,
     rotate,
