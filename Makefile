@@ -8,6 +8,8 @@ RUN := $(VENV)/bin/python
 TORCH := 2.13.0
 TRITON := 3.6.0
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
+# An environment that is made from another sees that one's packages by this path only.
+SITE := 'import sysconfig; print(sysconfig.get_path("purelib"))'
 
 .PHONY: setup demo test lint docs site package coverage amd-acceptance clean
 
@@ -18,7 +20,8 @@ $(VENV)/.installed: pyproject.toml
 		echo "updating $(VENV)"; \
 	elif $(PYTHON) -c 'import torch' 2>/dev/null; then \
 		echo "using the torch of $(PYTHON)"; \
-		$(PYTHON) -m venv --system-site-packages $(VENV); \
+		$(PYTHON) -m venv --system-site-packages $(VENV) && \
+		$(PYTHON) -c $(SITE) > `$(RUN) -c $(SITE)`/outer.pth; \
 	else \
 		echo "installing the CPU build of torch $(TORCH)"; \
 		$(PYTHON) -m venv $(VENV) && \

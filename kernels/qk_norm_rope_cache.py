@@ -44,11 +44,8 @@ def qk_norm_rope_cache(
     batch, seq = (tl.zeros_like(token), token) if ONE_SEQUENCE else (token // seq_len, token % seq_len)
     # Offsets of 31 bits take half the instructions of 63. A cache may be larger than they reach.
     INDEX: tl.constexpr = tl.int32 if NARROW else tl.int64
-    # A launch with a symbolic number of tokens decides by that number how many of HEADS a program serves.
+    # A launch with a symbolic number of tokens decides by that number whether a program serves HEADS heads or one.
     heads = HEADS if ALL_HEADS else heads_per_program
-    # No head is left over: nothing to ask.
-    EVEN: tl.constexpr = ALL_HEADS and NUM_HEADS % HEADS + NUM_KV_HEADS % HEADS == 0
-    PARTS: tl.constexpr = 2 + _rests(HEAD_DIM, ROTARY_DIM, REST_WIDTH)
     q_groups = tl.cdiv(NUM_HEADS, heads)
     kv_groups = tl.cdiv(NUM_KV_HEADS, heads)
     group = tl.program_id(1)
@@ -63,91 +60,156 @@ def qk_norm_rope_cache(
         token_stride = q_token_stride if is_q else v_token_stride if is_v else k_token_stride
         head_stride = q_head_stride if is_q else v_head_stride if is_v else k_head_stride
     rows = _token(batch, batch_stride, seq, token_stride, INDEX)
-    if not is_v:
-        # q and k take one path: less code to fetch, which is half the time of a small launch. All loads of heads come
-        # before their first use, so that they are in flight together.
-        source = tl.where(is_q, q, k)
-        loaded = ()
-        for turn in tl.static_range(HEADS):
-            here = live if EVEN else live & (first_head + turn < last_head)
-            head_rows = rows + (first_head + turn).to(INDEX) * head_stride
-            loaded += (_load_head(source, head_rows, here, HEAD_DIM, ROTARY_DIM, REST_WIDTH, IS_NEOX),)
-        weight = q_weight
-        if q_weight is not None:
-            weight = q_weight if is_q else k_weight
-        factors, angles = _load_factors(
-            weight, cos, sin, positions, batch, seq, live,
-            cos_batch_stride, cos_row_stride, cos_lane_stride, sin_batch_stride, sin_row_stride, sin_lane_stride,
-            cos_table_rows, sin_table_rows, positions_axis_stride, positions_batch_stride, positions_token_stride,
-            HEAD_DIM, ROTARY_DIM, REST_WIDTH, IS_NEOX, GEMMA_NORM, ANGLE_PER_LANE, NUM_AXES, AXES, ANGLES_ALIKE, INDEX,
-        )  # fmt: skip
-        eps = Q_EPS
-        if Q_EPS is not None:
-            eps = Q_EPS if is_q else K_EPS
-        # All heads before any is stored: where none is left over that is one run of code, in which the sum of one head
-        # overlaps that of another.
-        rotated = ()
-        for turn in tl.static_range(HEADS):
-            head = loaded[turn]
-            if EVEN or first_head + turn < last_head:
-                head = _norm_rope(head, factors, angles, eps, HEAD_DIM, ROTARY_DIM, REST_WIDTH)
-            rotated += (head,)
-        if is_q:
-            for turn in tl.static_range(HEADS):
-                here = live if EVEN else live & (first_head + turn < last_head)
-                q_rows = q_out + (token.to(INDEX) * NUM_HEADS + first_head + turn) * HEAD_DIM
-                _store_head(q_rows, here, rotated[turn], 1, 0, 0, HEAD_DIM, ROTARY_DIM, REST_WIDTH, IS_NEOX)
-        else:
-            # Loaded here: PyTorch takes a pointer that goes into a function which returns an address for written to.
-            slot = tl.load(
-                slots + _token(batch, slots_batch_stride, seq, slots_token_stride, INDEX), mask=live, other=0
-            )
-            block = batch
-            if blocks is not None:
-                block_place = _token(batch, blocks_batch_stride, seq, blocks_token_stride, INDEX)
-                block = tl.load(blocks + block_place, mask=live, other=0)
-            place, stored = _cache_place(
-                slot, block, live, k_num_blocks, k_block_size, k_block_stride, k_slot_stride, k_slot_group_stride,
-                K_SLOT_GROUP, SKIP_NEGATIVE_SLOTS, blocks is not None,
-            )  # fmt: skip
-            k_rows = _bytes(k_cache, K_FLOAT8) + k_cache_offset + place
-            for turn in tl.static_range(HEADS):
-                if k_out is not None:
-                    here = live if EVEN else live & (first_head + turn < last_head)
-                    k_out_rows = k_out + (token.to(INDEX) * NUM_KV_HEADS + first_head + turn) * HEAD_DIM
-                    _store_head(k_out_rows, here, rotated[turn], 1, 0, 0, HEAD_DIM, ROTARY_DIM, REST_WIDTH, IS_NEOX)
-                _store_head(
-                    k_rows + (first_head + turn).to(tl.int64) * k_cache_head_stride,
-                    stored if EVEN else stored & (first_head + turn < last_head),
-                    _to_cache(rotated[turn], k_scale, k_cache, K_SCALE, K_FLOAT8, SATURATE, CONVERTS_FLOAT8, PARTS),
-                    k_lane_stride, k_lane_group_stride, K_LANE_GROUP, HEAD_DIM, ROTARY_DIM, REST_WIDTH, IS_NEOX,
+    # Code for HEADS heads, and where it may be one, for one: that their number is known keeps branches out of it.
+    for count in tl.static_range(HEADS if ALL_HEADS else 1, HEADS + 1, max(HEADS - 1, 1)):
+        if ALL_HEADS or heads == count:
+            if not is_v:
+                # q and k take one path: less code to fetch, which is half the time of a small launch.
+                weight, eps = q_weight, Q_EPS
+                if q_weight is not None:
+                    weight = q_weight if is_q else k_weight
+                if Q_EPS is not None:
+                    eps = Q_EPS if is_q else K_EPS
+                rotated = _rotated_heads(
+                    tl.where(is_q, q, k), rows, live, first_head, last_head, head_stride, weight, eps,
+                    cos, sin, positions, batch, seq,
+                    cos_batch_stride, cos_row_stride, cos_lane_stride,
+                    sin_batch_stride, sin_row_stride, sin_lane_stride,
+                    cos_table_rows, sin_table_rows,
+                    positions_axis_stride, positions_batch_stride, positions_token_stride,
+                    count, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, ROTARY_DIM, REST_WIDTH, IS_NEOX,
+                    GEMMA_NORM, ANGLE_PER_LANE, NUM_AXES, AXES, ANGLES_ALIKE, INDEX,
                 )  # fmt: skip
-    else:
-        values = ()
-        for turn in tl.static_range(HEADS):
-            here = live if EVEN else live & (first_head + turn < last_head)
-            head_rows = rows + (first_head + turn).to(INDEX) * head_stride
-            values += (_load_lanes(v, head_rows, here, 0, HEAD_DIM, 1),)
-        # Loaded here for the same reason.
-        slot = tl.load(slots + _token(batch, slots_batch_stride, seq, slots_token_stride, INDEX), mask=live, other=0)
-        block = batch
-        if blocks is not None:
-            block_place = _token(batch, blocks_batch_stride, seq, blocks_token_stride, INDEX)
-            block = tl.load(blocks + block_place, mask=live, other=0)
-        place, stored = _cache_place(
-            slot, block, live, v_num_blocks, v_block_size, v_block_stride, v_slot_stride, v_slot_group_stride,
-            V_SLOT_GROUP, SKIP_NEGATIVE_SLOTS, blocks is not None,
+                if is_q:
+                    _store_heads(
+                        q_out + token.to(INDEX) * (NUM_HEADS * HEAD_DIM), live, first_head, last_head, HEAD_DIM,
+                        rotated, 1, 0, 0, count, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, ROTARY_DIM, REST_WIDTH, IS_NEOX,
+                    )  # fmt: skip
+                else:
+                    # Loaded here: PyTorch takes a pointer that goes into a function which returns an address for
+                    # written to.
+                    slot_place = _token(batch, slots_batch_stride, seq, slots_token_stride, INDEX)
+                    slot = tl.load(slots + slot_place, mask=live, other=0)
+                    block = batch
+                    if blocks is not None:
+                        block_place = _token(batch, blocks_batch_stride, seq, blocks_token_stride, INDEX)
+                        block = tl.load(blocks + block_place, mask=live, other=0)
+                    place, stored = _cache_place(
+                        slot, block, live, k_num_blocks, k_block_size, k_block_stride, k_slot_stride,
+                        k_slot_group_stride, K_SLOT_GROUP, SKIP_NEGATIVE_SLOTS, blocks is not None,
+                    )  # fmt: skip
+                    if k_out is not None:
+                        _store_heads(
+                            k_out + token.to(INDEX) * (NUM_KV_HEADS * HEAD_DIM), live, first_head, last_head, HEAD_DIM,
+                            rotated, 1, 0, 0, count, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, ROTARY_DIM, REST_WIDTH, IS_NEOX,
+                        )  # fmt: skip
+                    keys = ()
+                    for turn in tl.static_range(count):
+                        parts = rotated[turn]
+                        parts = _to_cache(
+                            parts, k_scale, k_cache, K_SCALE, K_FLOAT8, SATURATE, CONVERTS_FLOAT8,
+                            2 + _rests(HEAD_DIM, ROTARY_DIM, REST_WIDTH),
+                        )  # fmt: skip
+                        keys += (parts,)
+                    _store_heads(
+                        _bytes(k_cache, K_FLOAT8) + k_cache_offset + place, stored, first_head, last_head,
+                        k_cache_head_stride, keys, k_lane_stride, k_lane_group_stride, K_LANE_GROUP,
+                        count, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, ROTARY_DIM, REST_WIDTH, IS_NEOX,
+                    )  # fmt: skip
+            else:
+                values = ()
+                for turn in tl.static_range(count):
+                    here = _if_head(live, first_head + turn, last_head, count, NUM_HEADS, NUM_KV_HEADS)
+                    head_rows = rows + (first_head + turn).to(INDEX) * head_stride
+                    values += (_load_lanes(v, head_rows, here, 0, HEAD_DIM, 1),)
+                # Loaded here for the same reason.
+                slot_place = _token(batch, slots_batch_stride, seq, slots_token_stride, INDEX)
+                slot = tl.load(slots + slot_place, mask=live, other=0)
+                block = batch
+                if blocks is not None:
+                    block_place = _token(batch, blocks_batch_stride, seq, blocks_token_stride, INDEX)
+                    block = tl.load(blocks + block_place, mask=live, other=0)
+                place, stored = _cache_place(
+                    slot, block, live, v_num_blocks, v_block_size, v_block_stride, v_slot_stride,
+                    v_slot_group_stride, V_SLOT_GROUP, SKIP_NEGATIVE_SLOTS, blocks is not None,
+                )  # fmt: skip
+                # Where one tensor holds both caches, it is passed once.
+                cache = k_cache if v_cache is None else v_cache
+                v_rows = _bytes(cache, V_FLOAT8) + v_cache_offset + place
+                values = _to_cache(values, v_scale, cache, V_SCALE, V_FLOAT8, SATURATE, CONVERTS_FLOAT8, count)
+                for turn in tl.static_range(count):
+                    _store_lanes(
+                        v_rows + (first_head + turn).to(tl.int64) * v_cache_head_stride,
+                        _if_head(stored, first_head + turn, last_head, count, NUM_HEADS, NUM_KV_HEADS),
+                        values[turn], 0, HEAD_DIM, v_lane_stride, v_lane_group_stride, V_LANE_GROUP,
+                    )  # fmt: skip
+
+
+# --- the heads of a program ---------------------------------------------------------------------------------------
+
+
+@triton.constexpr_function
+def _none_left_over(count, num_heads, num_kv_heads):
+    """Whether every program has `count` heads."""
+    return num_heads % count == 0 and num_kv_heads % count == 0
+
+
+@triton.jit
+def _if_head(mask, head, last_head, COUNT: tl.constexpr, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr):
+    """`mask`, or nothing beyond the last head of a program."""
+    if not _none_left_over(COUNT, NUM_HEADS, NUM_KV_HEADS):
+        mask = mask & (head < last_head)
+    return mask
+
+
+@triton.jit
+def _rotated_heads(
+    source, rows, live, first_head, last_head, head_stride, weight, eps, cos, sin, positions, batch, seq,
+    cos_batch_stride, cos_row_stride, cos_lane_stride, sin_batch_stride, sin_row_stride, sin_lane_stride,
+    cos_table_rows, sin_table_rows, positions_axis_stride, positions_batch_stride, positions_token_stride,
+    COUNT: tl.constexpr, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    ROTARY_DIM: tl.constexpr, REST_WIDTH: tl.constexpr, IS_NEOX: tl.constexpr, GEMMA_NORM: tl.constexpr,
+    ANGLE_PER_LANE: tl.constexpr, NUM_AXES: tl.constexpr, AXES: tl.constexpr, ANGLES_ALIKE: tl.constexpr,
+    INDEX: tl.constexpr,
+):  # fmt: skip
+    """COUNT heads of q or of k, normalised and rotated.
+
+    All are loaded before the first is used, so that they are in flight together, and rotated before any is stored:
+    where none is left over that is one run of code, in which the sum of one head overlaps that of another.
+    """
+    heads = ()
+    for turn in tl.static_range(COUNT):
+        here = _if_head(live, first_head + turn, last_head, COUNT, NUM_HEADS, NUM_KV_HEADS)
+        head_rows = rows + (first_head + turn).to(INDEX) * head_stride
+        heads += (_load_head(source, head_rows, here, HEAD_DIM, ROTARY_DIM, REST_WIDTH, IS_NEOX),)
+    factors, angles = _load_factors(
+        weight, cos, sin, positions, batch, seq, live,
+        cos_batch_stride, cos_row_stride, cos_lane_stride, sin_batch_stride, sin_row_stride, sin_lane_stride,
+        cos_table_rows, sin_table_rows, positions_axis_stride, positions_batch_stride, positions_token_stride,
+        HEAD_DIM, ROTARY_DIM, REST_WIDTH, IS_NEOX, GEMMA_NORM, ANGLE_PER_LANE, NUM_AXES, AXES, ANGLES_ALIKE, INDEX,
+    )  # fmt: skip
+    rotated = ()
+    for turn in tl.static_range(COUNT):
+        head = heads[turn]
+        if _none_left_over(COUNT, NUM_HEADS, NUM_KV_HEADS) or first_head + turn < last_head:
+            head = _norm_rope(head, factors, angles, eps, HEAD_DIM, ROTARY_DIM, REST_WIDTH)
+        rotated += (head,)
+    return rotated
+
+
+@triton.jit
+def _store_heads(
+    rows, live, first_head, last_head, head_stride, heads, lane_stride, lane_group_stride, LANE_GROUP,
+    COUNT: tl.constexpr, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, REST_WIDTH: tl.constexpr, IS_NEOX: tl.constexpr,
+):  # fmt: skip
+    """The counterpart of _rotated_heads."""
+    for turn in tl.static_range(COUNT):
+        _store_head(
+            rows + (first_head + turn).to(tl.int64) * head_stride,
+            _if_head(live, first_head + turn, last_head, COUNT, NUM_HEADS, NUM_KV_HEADS),
+            heads[turn], lane_stride, lane_group_stride, LANE_GROUP, HEAD_DIM, ROTARY_DIM, REST_WIDTH, IS_NEOX,
         )  # fmt: skip
-        # Where one tensor holds both caches, it is passed once.
-        cache = k_cache if v_cache is None else v_cache
-        v_rows = _bytes(cache, V_FLOAT8) + v_cache_offset + place
-        stored_values = _to_cache(values, v_scale, cache, V_SCALE, V_FLOAT8, SATURATE, CONVERTS_FLOAT8, HEADS)
-        for turn in tl.static_range(HEADS):
-            _store_lanes(
-                v_rows + (first_head + turn).to(tl.int64) * v_cache_head_stride,
-                stored if EVEN else stored & (first_head + turn < last_head),
-                stored_values[turn], 0, HEAD_DIM, v_lane_stride, v_lane_group_stride, V_LANE_GROUP,
-            )  # fmt: skip
 
 
 @triton.jit

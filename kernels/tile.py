@@ -12,7 +12,7 @@ from fx_fusion.kernels.cache_layout import Size
 class Tile:
     """What one program serves: so many tokens and heads, with so many warps.
 
-    `heads_per_program` is None for all of `heads`, or an expression of a symbolic number of tokens.
+    `heads_per_program` is None for all of `heads`, or an expression of a symbolic number of tokens: `heads` or 1.
     """
 
     tokens: int

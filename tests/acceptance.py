@@ -27,6 +27,9 @@ import torch
 from fx_fusion.kernels import aiter
 
 ROOT = Path(__file__).resolve().parent.parent
+#: Tests compile for most of their time. Nothing is timed in them.
+IN_PARALLEL = ("-n", str(min(8, os.cpu_count() or 1)))
+SMALL = ("--layers", "6", "--batch", "1,32", "--context", "256")
 NO_GPU = "no GPU: PyTorch finds neither a ROCm nor a CUDA device here, so nothing of this report can be produced"
 
 
@@ -51,17 +54,41 @@ class Outcome:
 
 
 def steps(folder: Path) -> list[Step]:
-    def pytest(title: str, *arguments: str) -> Step:
-        return Step(title, (sys.executable, "-m", "pytest", "-q", "-m", "gpu", *arguments), tests=True)
+    python = sys.executable
 
-    benchmark = (sys.executable, "examples/benchmarks/kernel.py", "--output", str(folder))
+    def pytest(title: str, *arguments: str) -> Step:
+        return Step(title, (python, "-m", "pytest", "-q", "-m", "gpu", *IN_PARALLEL, *arguments), tests=True)
+
+    def benchmark(title: str, script: str, *arguments: str, shows: str | None = None) -> Step:
+        return Step(title, (python, f"examples/benchmarks/{script}", *arguments), shows=shows)
+
+    output = ("--output", str(folder))
     return [
+        Step("What this machine can run", (python, "-m", "fx_fusion", "doctor")),
         pytest("The Triton kernel against float64, every variant", "tests/kernels/test_triton.py"),
         pytest("The self-check of Triton and aiter, layout by layout", "tests/kernels/test_self_check_device.py"),
-        pytest("Capture and replay", "tests/test_capture.py"),
+        pytest("Capture and replay", "tests/test_capture.py", "tests/test_gpu_capture.py"),
+        pytest("Every kind of store, through Inductor", "tests/test_gpu_stores.py", "tests/test_gpu_opaque_stores.py"),
         pytest("Transformers models, through Inductor", "tests/test_gpu.py"),
-        Step("The serving example", (sys.executable, "examples/qwen3_vl_serving.py")),
-        Step("Kernel benchmark", benchmark, shows="kernel.md"),
+        pytest("The other fusions", "tests/own/test_shipped.py"),
+        Step("The serving example", (python, "examples/qwen3_vl_serving.py")),
+        Step(
+            "Triton and aiter, side by side",
+            (
+                python,
+                "-m",
+                "fx_fusion",
+                "tune",
+                "--quick",
+                "--tokens",
+                "1,64,1024,16384",
+                "--output",
+                f"{folder}/tuned.json",
+            ),
+        ),
+        benchmark("Kernel benchmark", "kernel.py", *output, shows="kernel.md"),
+        benchmark("A decode step of 6 layers", "decode_step.py", *SMALL, *output, shows="decode_step.md"),
+        benchmark("Host time of a call", "launch_host_cost.py"),
     ]
 
 

@@ -3,11 +3,11 @@
     python examples/benchmarks/kernel.py [--output FOLDER] [--tokens 1,64,1024] [--heads 32/8/128]
 
 Every number is microseconds a call, the median of several replays of one CUDA graph that makes many calls, each on
-tensors of its own; before each replay the L2 cache is overwritten. "symbolic tokens" is the kernel that a graph with a
-symbolic number of tokens holds. The bytes are all that must move: q, k and v read, q, k and v written, positions,
-slots, and the rows of cosines and sines. Slots are in random order; in the shuffle layout, which is for pages, the
-pages are, each filled in order. Writes kernel.json, kernel.md and, with matplotlib, kernel.svg; ``--render`` makes the
-latter two from an earlier kernel.json.
+tensors of its own; before each replay the L2 cache is overwritten. "static compile" is the unfused code compiled for
+the very sizes, "symbolic tokens" the same code compiled once by backend="fx_fusion" for any number of tokens. The bytes
+are all that must move: q, k and v read, q, k and v written, positions, slots, and the rows of cosines and sines. Slots
+are in random order; in the shuffle layout, which is for pages, the pages are, each filled in order. Writes
+kernel.json, kernel.md and, with matplotlib, kernel.svg; ``--render`` makes the latter two from an earlier kernel.json.
 """
 
 from __future__ import annotations
@@ -78,10 +78,10 @@ class Calls:
         kv_width = shape.num_kv_heads * shape.head_dim
         self.split = [q_width, kv_width, kv_width]
         make = {"device": "cuda", "dtype": torch.bfloat16}
-        self.projections = torch.randn(count, 1, tokens, sum(self.split), **make)
-        self.caches = [self.cache(count, which) for which in "kv"]
-        self.slots = torch.stack([self.places() for _ in range(count)])[:, None]
-        self.positions = torch.randint(0, TABLE_ROWS, (count, 3, 1, tokens), device="cuda")
+        self.projections = [torch.randn(1, tokens, sum(self.split), **make) for _ in range(count)]
+        self.caches = [[self.cache(which) for which in "kv"] for _ in range(count)]
+        self.slots = [self.places()[None].clone() for _ in range(count)]
+        self.positions = [torch.randint(0, TABLE_ROWS, (3, 1, tokens), device="cuda") for _ in range(count)]
         angles = torch.rand(TABLE_ROWS, shape.rotary_dim // 2, device="cuda") * 6
         self.table = torch.cat([angles.cos(), angles.sin()], -1).bfloat16()
         self.angles = torch.rand(2, count, 1, tokens, shape.rotary_dim, **make)
@@ -95,17 +95,17 @@ class Calls:
         pages = torch.randperm(-(-self.tokens // BLOCK), device="cuda")
         return (pages[:, None] * BLOCK + torch.arange(BLOCK, device="cuda")).flatten()[: self.tokens]
 
-    def cache(self, count: int, which: str) -> Tensor:
+    def cache(self, which: str) -> Tensor:
         shape, blocks = self.shape, -(-self.tokens // BLOCK)
         heads, dim, group = shape.num_kv_heads, shape.head_dim, 16 // shape.cache_dtype.itemsize
         sizes = {
-            "NHD": (1, blocks * BLOCK, heads, dim),
+            "NHD": (blocks * BLOCK, heads, dim),
             "HND": (blocks, heads, BLOCK, dim),
             "shuffle": (blocks, heads, dim // group, BLOCK, group)
             if which == "k"
             else (blocks, heads, BLOCK // group, dim, group),
         }[shape.cache]
-        return torch.zeros(count, *sizes, dtype=shape.cache_dtype, device="cuda")
+        return torch.zeros(sizes, dtype=shape.cache_dtype, device="cuda")
 
     def operands(self, index: int) -> tuple[list[Tensor | None], dict[str, object]]:
         shape = self.shape
@@ -119,7 +119,9 @@ class Calls:
         slots, blocks = self.slots[index], None
         if shape.cache != "NHD":
             slots, blocks = slots % BLOCK, slots // BLOCK
-        k_cache, v_cache = (cache[index] for cache in self.caches)
+        k_cache, v_cache = self.caches[index]
+        if shape.cache == "NHD":
+            k_cache, v_cache = k_cache[None], v_cache[None]
         if shape.cache == "HND":
             k_cache, v_cache = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
         options = {
@@ -131,20 +133,14 @@ class Calls:
         weight = self.weight
         return [q, k, v, weight, weight, cos, sin, positions, slots, blocks, None, None, k_cache, v_cache], options
 
-    def fused(self, *, symbolic: bool = False) -> Callable[[int], None]:
-        """Plain Triton launches, all planned in advance: a captured graph holds nothing else.
-
-        `symbolic`: by the kernel that a graph with a symbolic number of tokens holds.
-        """
-        shape = self.shape
-        work = self.tokens * (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim // 128
-        tile = kernel.tile_for_any(work) if symbolic else None
+    def fused(self) -> Callable[[int], None]:
+        """Plain Triton launches, all planned in advance: a captured graph holds nothing else."""
         launches = []
         for index in range(len(self.projections)):
             operands, options = self.operands(index)
             q, k = operands[0], operands[1]
             q_out, k_out = torch.empty_like(q), torch.empty_like(k) if self.shape.return_k else None
-            plan = kernel.plan(*operands, **options, tile=tile)
+            plan = kernel.plan(*operands, **options)
             caches = [kernel.as_bytes(cache) for cache in operands[-2:]]
             arguments = [*operands[:-2], *caches, q_out, k_out, *plan.arguments.values(), *plan.constants.values()]
             launches.append((plan, arguments))
@@ -155,40 +151,63 @@ class Calls:
 
         return call
 
-    def unfused(self) -> Callable[[int], None]:
-        """The same in PyTorch, as a model writes it, compiled for its very sizes."""
-        torch._dynamo.reset()
-        shape, axes = self.shape, torch.tensor(self.axes, device="cuda")
-        half, eps = shape.rotary_dim // 2, 1e-6
+    def through(self, prologue: Callable[..., Tensor]) -> Callable[[int], None]:
+        """Calls of what `unfused` made, compiled in one way or another."""
+        return lambda index: prologue(*self.inputs(index))
 
-        def norm_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-            y = x.float()
-            y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)
-            weight = self.weight.float()
-            y = (y * (1 + weight if shape.gemma_norm else weight)).to(x.dtype)
-            turned, rest = y[..., : shape.rotary_dim], y[..., shape.rotary_dim :]
-            a, b = turned.chunk(2, -1)
-            return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
+    def inputs(self, index: int) -> list[Tensor]:
+        tensors = [self.projections[index], self.positions[index], self.slots[index]]
+        return [*tensors, *self.caches[index], self.table, self.weight]
 
-        @torch.compile(dynamic=False, fullgraph=True)
-        def prologue(projection: Tensor, positions: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
-            q, k, v = projection[0].split(self.split, -1)
-            q = q.unflatten(-1, (shape.num_heads, -1))[..., : shape.head_dim]
-            k, v = (part.unflatten(-1, (shape.num_kv_heads, shape.head_dim)) for part in (k, v))
-            rows = self.table[positions[:, 0]]
-            angles = torch.where(axes == 1, rows[1].unflatten(-1, (2, half)), rows[0].unflatten(-1, (2, half)))
-            angles = torch.where(axes == 2, rows[2].unflatten(-1, (2, half)), angles)
-            cos, sin = angles[:, None, 0], angles[:, None, 1]
-            # Into the cache itself, not into a view of it, which Inductor would copy back.
-            k_cache.index_put_((slots[0],), norm_rope(k, cos, sin))
-            v_cache.index_put_((slots[0],), v)
-            return norm_rope(q, cos, sin)
 
-        def call(index: int) -> None:
-            caches = [cache[index, 0] for cache in self.caches]
-            prologue(self.projections[index], self.positions[index], self.slots[index], *caches)
+def unfused(shape: Shape) -> Callable[..., Tensor]:
+    """The same in PyTorch, as a model writes it."""
+    half, eps = shape.rotary_dim // 2, 1e-6
+    kv_width = shape.num_kv_heads * shape.head_dim
+    widths = [shape.num_heads * shape.head_dim * (2 if shape.gated else 1), kv_width, kv_width]
 
-        return call
+    def norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        y = x.float()
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)
+        y = (y * (1 + weight.float() if shape.gemma_norm else weight.float())).to(x.dtype)
+        turned, rest = y[..., : shape.rotary_dim], y[..., shape.rotary_dim :]
+        a, b = turned.chunk(2, -1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
+
+    def prologue(
+        projection: Tensor, positions: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor,
+        weight: Tensor,
+    ) -> Tensor:  # fmt: skip
+        q, k, v = projection[0].split(widths, -1)
+        q = q.unflatten(-1, (shape.num_heads, -1))[..., : shape.head_dim]
+        k, v = (part.unflatten(-1, (shape.num_kv_heads, shape.head_dim)) for part in (k, v))
+        pair = torch.arange(half, device=projection.device)
+        axis = torch.where(pair < 15 * half // 16, pair % 3, 0)
+        rows = table[positions[:, 0]].unflatten(-1, (2, half))
+        angles = torch.where(axis == 2, rows[2], torch.where(axis == 1, rows[1], rows[0]))
+        cos, sin = angles[:, None, 0], angles[:, None, 1]
+        # Into the cache itself, not into a view of it, which Inductor would copy back.
+        k_cache.index_put_((slots[0],), norm_rope(k, weight, cos, sin))
+        v_cache.index_put_((slots[0],), v)
+        return norm_rope(q, weight, cos, sin)
+
+    return prologue
+
+
+def compiled_for_each_size(shape: Shape) -> Callable[..., Tensor]:
+    return torch.compile(unfused(shape), dynamic=False, fullgraph=True)
+
+
+def fused_for_any_size(shape: Shape) -> Callable[..., Tensor]:
+    """Compiled here, for any number of tokens: as engines do, one is taken for a number like others."""
+    options = {"fx_fusion.kernel": "triton", "fx_fusion.require": 1}
+    prologue = torch.compile(unfused(shape), backend="fx_fusion", fullgraph=True, options=options)
+    inputs = Calls(shape, 64, 1).inputs(0)
+    for tensor, dim in zip(inputs[:5], (1, 2, 1, 0, 0), strict=True):
+        torch._dynamo.mark_dynamic(tensor, dim)
+    with torch.fx.experimental._config.patch(backed_size_oblivious=True):
+        prologue(*inputs)
+    return prologue
 
 
 def bytes_moved(shape: Shape, tokens: int) -> int:
@@ -212,26 +231,41 @@ def copy_microseconds(moved: int, count: int, device: torch.device) -> float:
     return microseconds(lambda index: target[index].copy_(source[index]), count, device)
 
 
-def measure(shape: Shape, tokens: int, device: torch.device, *, unfused: bool) -> dict[str, float]:
+def measure(shape: Shape, tokens: int, device: torch.device) -> dict[str, float]:
     moved = bytes_moved(shape, tokens)
     count = calls_that_fit(moved)
-    result = {"copy": copy_microseconds(moved, count, device)}
-    calls = Calls(shape, tokens, count)
-    result["fused"] = microseconds(calls.fused(), count, device)
-    if unfused:
-        result["symbolic"] = microseconds(calls.fused(symbolic=True), count, device)
-        result["static compile"] = microseconds(calls.unfused(), count, device)
-    return {name: round(value, 2) for name, value in result.items()}
+    copy = copy_microseconds(moved, count, device)
+    fused = microseconds(Calls(shape, tokens, count).fused(), count, device)
+    return {"copy": round(copy, 2), "fused": round(fused, 2)}
 
 
-def compile_ahead(case: tuple[Shape, int]) -> None:
+def measure_compiled(prologue: Callable[..., Tensor], shape: Shape, tokens: int, device: torch.device) -> float:
+    count = calls_that_fit(bytes_moved(shape, tokens))
+    return round(microseconds(Calls(shape, tokens, count).through(prologue), count, device), 2)
+
+
+def measure_shape(shape: Shape, tokens: list[int], device: torch.device) -> list[dict[str, Any]]:
+    """A row for each number of tokens: all ways of one, then all of the next."""
+    # A shape that follows another would be compiled for any shape.
+    torch._dynamo.reset()
+    for_each, for_any = compiled_for_each_size(shape), fused_for_any_size(shape)
+    rows = []
+    for number in tokens:
+        row: dict[str, Any] = {"shape": str(shape), "tokens": number, **measure(shape, number, device)}
+        row["symbolic"] = measure_compiled(for_any, shape, number, device)
+        row["static compile"] = measure_compiled(for_each, shape, number, device)
+        print(row, flush=True)
+        rows.append(row)
+    return rows
+
+
+def compile_ahead(shape: Shape, tokens: int) -> None:
     """In a process of its own: the caches on disk keep what it compiles."""
-    shape, tokens = case
-    calls = Calls(shape, tokens, 2)
-    calls.fused()(0)
-    if shape.cache == "NHD" and shape in SHAPES:
-        calls.unfused()(0)
-        calls.fused(symbolic=True)(0)
+    Calls(shape, tokens, 2).fused()(0)
+    torch._dynamo.reset()
+    if shape in SHAPES:
+        Calls(shape, tokens, 2).through(compiled_for_each_size(shape))(0)
+        fused_for_any_size(shape)
     torch.cuda.synchronize()
 
 
@@ -315,19 +349,19 @@ def main() -> None:
         parser.exit(2, "kernel.py measures a GPU, and PyTorch finds none here\n")
     tokens = [int(number) for number in options.tokens.split(",")]
     shapes = [shape for shape in SHAPES if options.heads in (None, str(shape))]
+    few = [number for number in tokens if number in (64, 1024, 16384)]
     cases = [(shape, number) for shape in shapes for number in tokens]
-    variant_cases = [(shape, number) for shape in VARIANTS.values() for number in tokens if number in (64, 1024, 16384)]
+    cases += [(shape, number) for shape in VARIANTS.values() for number in few]
     with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
-        pool.map(compile_ahead, [*cases, *variant_cases], chunksize=1)
+        pool.starmap(compile_ahead, dict.fromkeys(cases), chunksize=1)
+    # Each shape and number of tokens is a compilation of its own.
+    torch._dynamo.config.recompile_limit = 2 * len(cases)
     device = torch.device("cuda")
-    rows = []
-    for shape, number in cases:
-        rows.append({"shape": str(shape), "tokens": number, **measure(shape, number, device, unfused=True)})
-        print(rows[-1], flush=True)
+    rows = [row for shape in shapes for row in measure_shape(shape, tokens, device)]
     variants = []
     for name, shape in VARIANTS.items():
-        for number in [number for number in tokens if number in (64, 1024, 16384)]:
-            variants.append({"variant": name, "tokens": number, **measure(shape, number, device, unfused=False)})
+        for number in few:
+            variants.append({"variant": name, "tokens": number, **measure(shape, number, device)})
             print(variants[-1], flush=True)
     machine = {
         "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
