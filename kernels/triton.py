@@ -81,7 +81,7 @@ def choose_tile(num_tokens: Size, num_heads: int, num_kv_heads: int, head_dim: i
     """
     work = num_tokens * (num_heads + 2 * num_kv_heads) * head_dim // 128
     if isinstance(work, torch.SymInt):
-        tile = tile_for_any(work)
+        tile = tile_for_any(work, head_dim)
     elif head_dim > 128:
         tile = Tile(2, 1) if work <= 1024 else Tile(2, 1, 2) if work <= 16384 else Tile(2, 1, 4)
     elif work <= 8192:
@@ -93,12 +93,13 @@ def choose_tile(num_tokens: Size, num_heads: int, num_kv_heads: int, head_dim: i
     return _for_width(tile, head_dim, wave_size)
 
 
-def tile_for_any(work: Size) -> Tile:
+def tile_for_any(work: Size, head_dim: int) -> Tile:
     """One compiled kernel for a symbolic number of tokens: each launch decides how many heads a program serves.
 
     Measured likewise: from about 100 tokens on, what the heads of a token share is worth more than further programs.
     """
-    return Tile(2, 1, 4, heads_per_program=1 + 3 * torch.sym_min(1, work // 5120))
+    heads = 4 if head_dim <= 128 else 2
+    return Tile(2, 1, heads, heads_per_program=1 + (heads - 1) * torch.sym_min(1, work // 5120))
 
 
 def _for_width(tile: Tile, head_dim: int, wave_size: int) -> Tile:

@@ -2,8 +2,8 @@
 
     make amd-acceptance            # on a ROCm machine; on a CUDA machine it is a rehearsal, and says so
 
-Runs each step in a process of its own, goes on after a failure, and writes one self-contained Markdown file: what ran,
-what differed, numbers, versions. Exit code 0 if every step passed, 1 if one failed, 2 if there is no GPU.
+Runs each step in a process of its own, goes on after a failure, and writes one self-contained Markdown file, anew after
+each step: what ran, what differed, numbers, versions. Exit code 0 if every step passed, 1 if one failed, 2 if there is no GPU.
 """
 
 from __future__ import annotations
@@ -169,13 +169,13 @@ def main() -> int:
         print(NO_GPU, file=sys.stderr)
         return 2
     folder.mkdir(parents=True, exist_ok=True)
+    facts, path = machine(), folder / "report.md"
     outcomes: list[Outcome] = []
     for step in steps(folder):
         print(f"{step.title} …", flush=True)
         outcomes.append(run(step, folder))
         print(f"  {outcomes[-1].summary}, {outcomes[-1].seconds:.0f} s", flush=True)
-    path = folder / "report.md"
-    path.write_text(report(machine(), outcomes))
+        path.write_text(report(facts, outcomes))
     print(f"report: {path}")
     return int(any(outcome.returncode for outcome in outcomes))
 

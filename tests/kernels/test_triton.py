@@ -122,10 +122,11 @@ def planned(operands, options, tile=None):
     return triton._plan_once(operands, options, tile)
 
 
-def test_a_launch_of_any_size_serves_all_heads_of_its_tile_or_one():
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_a_launch_of_any_size_serves_all_heads_of_its_tile_or_one(head_dim):
     """The kernel holds code for these two only."""
-    sizes = {triton.tile_for_any(work).heads_per_program for work in (0, 1, 5119, 5120, 10240, 1 << 40)}
-    assert sizes == {1, triton.tile_for_any(1).heads}
+    tiles = [triton.tile_for_any(work, head_dim) for work in (0, 1, 5119, 5120, 10240, 1 << 40)]
+    assert [tile.heads_per_program for tile in tiles] == [1] * 3 + [tiles[0].heads] * 3
 
 
 def test_calls_that_differ_in_contents_alone_are_planned_once():
