@@ -3,7 +3,8 @@
     make amd-acceptance            # on a ROCm machine; on a CUDA machine it is a rehearsal, and says so
 
 Runs each step in a process of its own, goes on after a failure, and writes one self-contained Markdown file, anew after
-each step: what ran, what differed, numbers, versions. Exit code 0 if every step passed, 1 if one failed, 2 if there is no GPU.
+each step: what ran, what differed, numbers, versions. Exit code 0 if every step passed, 1 if one failed, 2 if there is
+no GPU.
 """
 
 from __future__ import annotations
