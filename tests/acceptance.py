@@ -97,7 +97,7 @@ def machine() -> dict[str, str]:
     device = torch.cuda.get_device_properties(0)
     return {
         "device": device.name,
-        "architecture": getattr(device, "gcnArchName", f"sm_{device.major}{device.minor}"),
+        "architecture": device.gcnArchName if torch.version.hip else f"sm_{device.major}{device.minor}",
         "torch": torch.__version__,
         "HIP": torch.version.hip or "none",
         "CUDA": torch.version.cuda or "none",
@@ -121,7 +121,8 @@ def run(step: Step, folder: Path) -> Outcome:
     with tempfile.TemporaryDirectory() as scratch:
         results = Path(scratch) / "results.xml"
         command = [*step.command, f"--junitxml={results}"] if step.tests else [*step.command]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "examples")))}
+        path = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "examples")))
+        environment = {**os.environ, "PYTHONPATH": path, "COLUMNS": "120"}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         seconds = time.monotonic() - started
         if step.tests and results.exists():

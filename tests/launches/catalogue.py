@@ -21,7 +21,8 @@ VARIANTS = {
     "tile-of-few-tokens": Variant(num_heads=32, num_kv_heads=8, seq=3).tiled_for(64),
     "tile-of-many-tokens": Variant(tile=choose_tile(8192, 32, 8, 128, 64)),
     "tile-of-many-tokens-256": Variant(head_dim=256, tile=choose_tile(8192, 16, 2, 256, 64)),
-    "fewer-heads-than-the-tile": Variant(num_heads=8, num_kv_heads=4, tile=Tile(4, 1, 4, heads_per_program=1)),
+    "any-size-one-head": Variant(num_heads=8, num_kv_heads=4, tile=Tile(4, 1, 4, heads_per_program=1)),
+    "any-size-all-heads": Variant(num_heads=6, num_kv_heads=2, tile=Tile(4, 1, 4, heads_per_program=4)),
     "heads-left-over": Variant(num_heads=5, num_kv_heads=3, tile=Tile(2, 1, 2)),
     "heads-left-over-no-k": Variant(num_heads=6, num_kv_heads=1, return_k=False, tile=Tile(4, 1, 4)),
     "heads-left-over-float8": Variant(
