@@ -18,7 +18,7 @@ from fx_fusion.meaning import WITHOUT_STORE
 from fx_fusion.overlap import may_overlap
 from fx_fusion.parts import Part, parts
 from fx_fusion.patterns import qk_norm_rope_cache as pattern
-from fx_fusion.patterns.cache_store import Addresses, layout
+from fx_fusion.patterns.addresses import Addresses, layout
 from fx_fusion.patterns.qk_norm_rope_cache import Candidate, Match, Stored
 from fx_fusion.patterns.split import Heads
 from fx_fusion.placement import (

@@ -17,9 +17,10 @@ from torch.fx import Node
 from torch.fx.node import map_aggregate
 
 from fx_fusion import op
-from fx_fusion.emit import Emitter, value_of
+from fx_fusion.emit import Emitter
 from fx_fusion.kernels import triton
 from fx_fusion.kernels.cache_layout import as_float8
+from fx_fusion.nodes import value_of
 from fx_fusion.opset import aten
 
 

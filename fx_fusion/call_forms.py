@@ -28,7 +28,7 @@ from torch.fx.node import map_aggregate
 
 from fx_fusion.box import Box, box_of, cut, disjoint, whole
 from fx_fusion.decline import Decline
-from fx_fusion.emit import value_of
+from fx_fusion.nodes import value_of
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.functions import FloorDiv, Min
 
+from fx_fusion.nodes import value_of
 from fx_fusion.opset import aten
 from fx_fusion.sizes import same
 
@@ -117,11 +118,6 @@ def take(emit: Emitter, source: Node, grid: Sequence[Size], tail: Sequence[tuple
         if (offset, step, length) != (0, 1, extent):
             view = emit.call(aten.slice.Tensor, view, dim, offset, offset + step * (length - 1) + 1, step)
     return view
-
-
-def value_of(value: Any) -> Any:
-    """The fake value of a node; of anything else, itself."""
-    return value.meta["val"] if isinstance(value, Node) else value
 
 
 def fake_mode_of(values: Any) -> contextlib.AbstractContextManager[Any]:

@@ -23,11 +23,12 @@ from torch.fx.node import map_aggregate
 from fx_fusion import opset
 from fx_fusion.congruence import SCALES, Comparison, coarsest, interior
 from fx_fusion.decline import Decline
-from fx_fusion.emit import Emitter, value_of
+from fx_fusion.emit import Emitter
 from fx_fusion.evaluate import Arithmetic
 from fx_fusion.facts import Facts
 from fx_fusion.functional import Functional, NotTraceable, trace
 from fx_fusion.kernels.contract import Target
+from fx_fusion.nodes import value_of
 from fx_fusion.opset import aten
 from fx_fusion.parameters import check_replacement
 from fx_fusion.pattern import Pattern

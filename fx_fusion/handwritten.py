@@ -16,7 +16,7 @@ from torch.fx import Node
 from fx_fusion.decline import frames, source_line
 from fx_fusion.facts import Facts
 from fx_fusion.parts import parts
-from fx_fusion.patterns.cache_store import Index
+from fx_fusion.patterns.addresses import Index
 from fx_fusion.patterns.mrope import Lanes
 from fx_fusion.patterns.qk_norm_rope_cache import Match, Stored
 from fx_fusion.patterns.rotated_heads import RotatedHeads

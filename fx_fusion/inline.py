@@ -24,10 +24,11 @@ from fx_fusion.box import Box
 from fx_fusion.call_forms import OpaqueCall, Part, operation, read_call
 from fx_fusion.comparison import COMPARISONS, Comparison
 from fx_fusion.decline import Decline
-from fx_fusion.emit import Emitter, fake_mode_of, value_of
+from fx_fusion.emit import Emitter, fake_mode_of
 from fx_fusion.meaning import MEANINGS, WITHOUT_STORE, Meaning, signature_mismatch
 from fx_fusion.meaning_trace import NoMeaning, TracedMeaning, complete, is_input, trace
 from fx_fusion.meanings import HIDDEN
+from fx_fusion.nodes import value_of
 from fx_fusion.opset import aten
 from fx_fusion.region import strip_aliases
 from fx_fusion.sizes import Sizes, admissible_sizes

@@ -21,6 +21,7 @@ from torch.fx import Node
 from fx_fusion import opset
 from fx_fusion.decline import Decline
 from fx_fusion.facts import Facts, freeze
+from fx_fusion.nodes import node_of
 from fx_fusion.opset import aten
 from fx_fusion.sizes import Sizes, same
 
@@ -125,7 +126,7 @@ def drops_rows(node: Node) -> bool:
     """
     if node.target is not aten.slice.Tensor:
         return False
-    source = _node(node.args[0])
+    source = node_of(node.args[0])
     shape = source.meta["val"].shape
     dim: Any = node.args[1] if len(node.args) > 1 else 0
     if dim % len(shape) == 0:
@@ -144,7 +145,7 @@ def strip(node: Node, *, keep_order: bool = False) -> Node:
     while opset.is_movement(node) or node.target is aten.neg.default or widens(node):
         if keep_order and _reorders(node):
             break
-        node = _node(node.args[0])
+        node = node_of(node.args[0])
     return node
 
 
@@ -152,7 +153,7 @@ def _reorders(node: Node) -> bool:
     """Does `node` permute dimensions of more than one element?"""
     if node.target is not aten.permute.default:
         return False
-    shape = _node(node.args[0]).meta["val"].shape
+    shape = node_of(node.args[0]).meta["val"].shape
     dims: Any = node.args[1]
     wide = [dim % len(shape) for dim in dims if not same([shape[dim]], [1])]
     return wide != sorted(wide)
@@ -162,13 +163,13 @@ def strip_views(node: Any, *, keep_rows: bool = False) -> Node:
     """The value that `node` is moved from; with `keep_rows`, no further than where rows are dropped."""
     while opset.is_movement(node) and not _is_one_of_several(node) and not (keep_rows and drops_rows(node)):
         node = node.args[0]
-    return _node(node)
+    return node_of(node)
 
 
 def is_moved_from(node: Node, source: Node) -> bool:
     """Is `node` nothing but `source`, moved and cast?"""
     while node is not source and (opset.is_movement(node) or opset.is_cast(node)):
-        node = _node(node.args[0])
+        node = node_of(node.args[0])
     return node is source
 
 
@@ -176,7 +177,7 @@ def widens(node: Node) -> bool:
     """Is `node` a cast to a float dtype that holds every value of its input?"""
     if not opset.is_cast(node):
         return False
-    source, target = _node(node.args[0]).meta["val"].dtype, node.meta["val"].dtype
+    source, target = node_of(node.args[0]).meta["val"].dtype, node.meta["val"].dtype
     return source.is_floating_point and target.is_floating_point and opset.holds(target, source)
 
 
@@ -193,7 +194,7 @@ def _is_alias(node: Node) -> bool:
 
 def _is_one_of_several(node: Node) -> bool:
     """Is `node` one of the results of an operation that is no view?"""
-    return node.target is operator.getitem and _node(node.args[0]).target not in opset.VIEW
+    return node.target is operator.getitem and node_of(node.args[0]).target not in opset.VIEW
 
 
 def alias_steps(base: Node, view: Node) -> list[Node]:
@@ -201,13 +202,8 @@ def alias_steps(base: Node, view: Node) -> list[Node]:
     steps: list[Node] = []
     while view is not base:
         steps.append(view)
-        view = _node(view.args[0])
+        view = node_of(view.args[0])
     return steps[::-1]
-
-
-def _node(value: Any) -> Node:
-    assert isinstance(value, Node), value
-    return value
 
 
 class Rotations:

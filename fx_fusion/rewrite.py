@@ -15,7 +15,7 @@ from fx_fusion.call import insert
 from fx_fusion.emit import EMITTED, Emitter, take
 from fx_fusion.facts import Facts
 from fx_fusion.opset import aten, prims
-from fx_fusion.patterns.cache_store import Addresses, Index, layout
+from fx_fusion.patterns.addresses import Addresses, Index, layout
 from fx_fusion.patterns.mrope import Lanes
 from fx_fusion.patterns.qk_norm_rope_cache import Match
 from fx_fusion.patterns.rotated_heads import RotatedHeads

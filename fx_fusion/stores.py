@@ -23,6 +23,7 @@ from fx_fusion import opset
 from fx_fusion.call_forms import operation
 from fx_fusion.decline import Decline
 from fx_fusion.facts import Facts, freeze
+from fx_fusion.nodes import node_of
 from fx_fusion.opset import aten
 from fx_fusion.region import alias_steps, angles_after_projection, strip_aliases, strip_views
 from fx_fusion.sizes import same
@@ -110,7 +111,7 @@ class Store:
         steps = [self.writer]
         while steps[-1] is not self.value:
             source = steps[-1].args[WRITERS.get(steps[-1].target, 1)]
-            steps.append(_node(self.value if self.mask and steps[-1] is self.mask.where else source))
+            steps.append(node_of(self.value if self.mask and steps[-1] is self.mask.where else source))
         return steps[:-1]
 
     def steps_from(self, facts: Facts, source: Node) -> list[Node]:
@@ -121,7 +122,7 @@ class Store:
 
     def part(self, scatter: Node) -> list[Node]:
         """The steps from ``base`` to the part of it that `scatter` changes a part of."""
-        return alias_steps(self.base, _node(scatter.args[0]))
+        return alias_steps(self.base, node_of(scatter.args[0]))
 
 
 #: What writes a value at indices, and which of its arguments the value is.
@@ -152,7 +153,7 @@ def find_stores(facts: Facts) -> tuple[list[Store], list[Decline]]:
     for node in facts.nodes:
         if node.op != "call_function" or node.target is not aten.copy_.default:
             continue
-        cache, final = _node(node.args[0]), _node(node.args[1])
+        cache, final = node_of(node.args[0]), node_of(node.args[1])
         is_float = opset.is_float_tensor(cache)
         if not is_float and cache.meta["val"].dtype not in _INTEGER_CACHES:
             continue
@@ -179,7 +180,7 @@ def stored_dtype(store: Store) -> torch.dtype:
     """What the cache's elements are: of bytes, the float8 that they spell."""
     node = store.value
     while opset.is_movement(node) or opset.is_reinterpretation(node):
-        source = _node(node.args[0])
+        source = node_of(node.args[0])
         if opset.is_reinterpretation(node) and opset.is_float_tensor(source):
             return source.meta["val"].dtype
         node = source
@@ -193,7 +194,7 @@ def _without_outsiders(facts: Facts, stores: list[Store], declined: list[Decline
     for store in sorted(stores, key=lambda store: facts.order[store.writer]):
         source = store.value
         while _keeps_elements(source):
-            source = _node(source.args[0])
+            source = node_of(source.args[0])
         number = facts.value_number(source)
         if source.op == "placeholder":
             found = f"{store.writer} stores {source}, a graph input: was it computed before a graph break?"
@@ -211,7 +212,7 @@ def _keeps_elements(node: Node) -> bool:
     """Does `node` hold what its input does, all of it, elsewhere or in another dtype?"""
     if not (opset.is_movement(node) or opset.is_cast(node) or opset.is_reinterpretation(node)):
         return False
-    after, before = node.meta["val"], _node(node.args[0]).meta["val"]
+    after, before = node.meta["val"], node_of(node.args[0]).meta["val"]
     return isinstance(before, torch.Tensor) and same([before.numel()], [after.numel()])
 
 
@@ -254,10 +255,10 @@ def _read_store(facts: Facts, cache: Node, node: Node) -> Store:
         writer = inner
     if not _writes(writer):
         raise _unknown(cache, writer)
-    written = _node(writer.args[WRITERS.get(writer.target, 1)])
+    written = node_of(writer.args[WRITERS.get(writer.target, 1)])
     if writer.target in SCATTERS and written.target is aten.copy.default:
-        written = _node(written.args[1])
-    store = Store(cache, _node(writer.args[0]), writer, written, tuple(scatters[::-1]))
+        written = node_of(written.args[1])
+    store = Store(cache, node_of(writer.args[0]), writer, written, tuple(scatters[::-1]))
     if any(strip_aliases(scatter.args[0]) is not store.base for scatter in scatters):
         found = f"{scatters[0]} puts what {writer} stored into another tensor than it was taken from"
         raise Decline("store.cache_not_viewable", found, [scatters[0]])
@@ -284,7 +285,7 @@ def _unknown(cache: Node, node: Node) -> Decline:
         return Decline("store.other_cache", found, [node])
     if node.target in _ADDERS:
         return Decline("store.accumulates", f"{node} adds to the cache; expected it to overwrite", [node])
-    call = _node(node.args[0]) if node.target is operator.getitem else node
+    call = node_of(node.args[0]) if node.target is operator.getitem else node
     op = operation(call)
     if op is not None:
         found = f"the input {cache} is written by {op}, an opaque operation; say what it stores where: "
@@ -307,7 +308,7 @@ def _read_mask(facts: Facts, store: Store) -> Store:
         raise Decline("store.accumulates", f"{node} adds to what the cache holds; expected it to overwrite", [node])
     if node.target is not aten.where.self:
         return store
-    flag, *arms = map(_node, node.args)
+    flag, *arms = map(node_of, node.args)
     old = [_reads_back(facts, store, arm) for arm in arms]
     if old.count(True) != 1:
         return store
@@ -381,8 +382,3 @@ def tell_key_from_value(facts: Facts, a: Store, b: Store, origin: Node) -> tuple
         )
         raise Decline("rope.missing" if wide_a == 0 else "split.v_not_copied", found, [a.own, b.own])
     return (a, b) if wide_a > wide_b else (b, a)
-
-
-def _node(value: Any) -> Node:
-    assert isinstance(value, Node), value
-    return value

@@ -14,11 +14,11 @@ from two_layers import Stack
 
 import fx_fusion
 from fx_fusion import congruence, evaluate, probe
-from fx_fusion.patterns import cache_store, conversion, cos_sin_table, split
+from fx_fusion.patterns import cache_store, conversion, cos_sin_table, split, store_mask, written
 from fx_fusion.registry import REGISTRY
 from fx_fusion.testing import assert_fuses
 
-EVALUATING = (probe, congruence, cache_store, conversion, cos_sin_table, split)
+EVALUATING = (probe, congruence, cache_store, conversion, cos_sin_table, split, store_mask, written)
 
 
 class Allocations(TorchDispatchMode):
