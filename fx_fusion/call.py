@@ -18,7 +18,7 @@ from torch.fx.node import map_aggregate
 
 from fx_fusion import op
 from fx_fusion.emit import Emitter
-from fx_fusion.kernels import triton
+from fx_fusion.kernels import triton, triton_launch
 from fx_fusion.kernels.cache_layout import as_float8
 from fx_fusion.nodes import value_of
 from fx_fusion.opset import aten
@@ -94,7 +94,7 @@ def _insert_triton(
     told = {name: value for name, value in options.items() if name != "float8"}
     with values[-1].fake_mode:
         values[-2:] = [as_float8(cache, options.get("float8")) for cache in values[-2:]]
-    launch = triton.plan(*values, **told)
+    launch = triton_launch.plan(*values, **told)
     tensors["q_out"] = _empty_like(emit, operands["q"])
     tensors["k_out"] = _empty_like(emit, operands["k"]) if return_k else None
     if k_cache is v_cache:

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from fx_fusion.kernels.bench import Refused
-from fx_fusion.kernels.tile import Tile, candidates
-from fx_fusion.kernels.triton import choose_tile
+from fx_fusion.kernels.tile import Tile, candidates, choose_tile
 from fx_fusion.kernels.tuned_file import Shape, Timing
 
 #: Another tile must beat the built-in rule's by this factor. Less is noise, which a file should not keep.

@@ -12,9 +12,9 @@ import torch
 from fx_fusion import terminal, tuning
 from fx_fusion.__main__ import main
 from fx_fusion.commands import tune
-from fx_fusion.kernels import triton, tuned
+from fx_fusion.kernels import tuned
 from fx_fusion.kernels.bench import Refused
-from fx_fusion.kernels.tile import Tile, candidates
+from fx_fusion.kernels.tile import Tile, candidates, choose_tile
 from fx_fusion.kernels.tuned_file import Machine, Shape, Timing, from_json
 
 HERE = Machine("AMD Instinct MI300X", "gfx942", "3.6.0", "0.1.5")
@@ -77,7 +77,7 @@ def test_all_tiles_refused():
 def test_the_rules_tile_is_measured_first():
     for wave_size in (32, 64):
         for count, tiles in tuning.tiles_to_measure(SHAPE, [1, 512, 8192], wave_size, quick=False).items():
-            assert tiles[0] == triton.choose_tile(count, 32, 8, 128, wave_size)
+            assert tiles[0] == choose_tile(count, 32, 8, 128, wave_size)
             assert set(tiles) >= set(candidates(8, 128, wave_size))
             assert len(set(tiles)) == len(tiles)
 
@@ -85,7 +85,7 @@ def test_the_rules_tile_is_measured_first():
 def test_quick_measures_the_rules_tiles_only():
     counts = [1, 64, 512, 8192]
     tiles = tuning.tiles_to_measure(SHAPE, counts, 32, quick=True)
-    rule = {triton.choose_tile(count, 32, 8, 128) for count in counts}
+    rule = {choose_tile(count, 32, 8, 128) for count in counts}
     assert all(set(each) == rule for each in tiles.values())
 
 

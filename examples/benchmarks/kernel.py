@@ -27,6 +27,7 @@ import triton
 from torch import Tensor
 
 from fx_fusion.kernels import triton as kernel
+from fx_fusion.kernels import triton_launch
 from fx_fusion.kernels.cache_layout import CacheLayout
 from fx_fusion.kernels.stopwatch import microseconds
 
@@ -140,7 +141,7 @@ class Calls:
             operands, options = self.operands(index)
             q, k = operands[0], operands[1]
             q_out, k_out = torch.empty_like(q), torch.empty_like(k) if self.shape.return_k else None
-            plan = kernel.plan(*operands, **options)
+            plan = triton_launch.plan(*operands, **options)
             caches = [kernel.as_bytes(cache) for cache in operands[-2:]]
             arguments = [*operands[:-2], *caches, q_out, k_out, *plan.arguments.values(), *plan.constants.values()]
             launches.append((plan, arguments))

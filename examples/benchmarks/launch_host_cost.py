@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from qwen3_vl_serving import Attention, DecoderConfig, MRotaryEmbedding
 
 from fx_fusion import op
-from fx_fusion.kernels import triton
+from fx_fusion.kernels import triton, triton_launch
 from fx_fusion.kernels.tuned_file import Shape
 from fx_fusion.kernels.typical_problem import typical_problem
 
@@ -66,7 +66,7 @@ def microseconds(call: Callable[[], object]) -> list[float]:
 def launch(device: torch.device) -> Callable[[], object]:
     operands, options = typical_problem(Shape(32, 8, 128, 128, "bfloat16"), 1, device)
     del options["return_k"]
-    plan = triton.plan(*operands, **options)
+    plan = triton_launch.plan(*operands, **options)
     q_out, kernel = torch.empty_like(operands[0]), triton.kernel()
     arguments = [*operands, q_out, None, *plan.arguments.values(), *plan.constants.values()]
     return lambda: kernel[plan.grid](*arguments, num_warps=plan.tile.num_warps)

@@ -13,7 +13,7 @@ import torch
 
 from fx_fusion.kernels import tuned
 from fx_fusion.kernels.bench import Bench, Refused
-from fx_fusion.kernels.triton import wave_size_of
+from fx_fusion.kernels.triton_launch import wave_size_of
 from fx_fusion.kernels.tuned_file import Machine, Shape, Tuned
 from fx_fusion.terminal import print_table
 from fx_fusion.tuning import Found, Times, measure, tiles_to_measure

@@ -11,7 +11,8 @@ from fx_fusion.kernels.agreement import compare
 from fx_fusion.kernels.aiter_call import Operands, Options, problem
 from fx_fusion.kernels.bench import Bench, Refused
 from fx_fusion.kernels.contract import Target
-from fx_fusion.kernels.tile import Tile, candidates
+from fx_fusion.kernels.tile import Tile, candidates, choose_tile
+from fx_fusion.kernels.triton_launch import plan, wave_size_of
 from fx_fusion.kernels.tuned_file import Shape
 from fx_fusion.kernels.typical_problem import typical_problem
 
@@ -102,7 +103,7 @@ def test_a_typical_problem_is_one_that_every_kernel_serves(shape, count):
     assert triton.refuses(asked, Target("gfx942")) is None
     options = {name: value for name, value in typical.options.items() if name != "return_k"}
     for tile in candidates(shape.num_kv_heads, shape.head_dim, 64):
-        assert triton.plan(*typical.operands, **options, tile=tile).grid[0] > 0
+        assert plan(*typical.operands, **options, tile=tile).grid[0] > 0
 
 
 # --- on a device ----------------------------------------------------------------------------------------------------
@@ -111,7 +112,7 @@ def test_a_typical_problem_is_one_that_every_kernel_serves(shape, count):
 @pytest.mark.gpu
 def test_more_tokens_take_longer():
     gpu = torch.device("cuda")
-    few, many = (Bench(LARGE, count, gpu).triton(triton.choose_tile(count, 32, 8, 128)) for count in (1, 8192))
+    few, many = (Bench(LARGE, count, gpu).triton(choose_tile(count, 32, 8, 128)) for count in (1, 8192))
     assert 0.2 < few < many < 10_000
 
 
@@ -119,5 +120,5 @@ def test_more_tokens_take_longer():
 def test_every_candidate_is_right_on_this_device():
     gpu = torch.device("cuda")
     small = Bench(LARGE, 33, gpu)
-    for tile in candidates(8, 128, triton.wave_size_of(gpu)):
+    for tile in candidates(8, 128, wave_size_of(gpu)):
         assert small.triton(tile) > 0, tile

@@ -11,7 +11,8 @@ from launches.problem import Prepared, Variant, prepare
 
 import fx_fusion
 from fx_fusion.kernels import triton
-from fx_fusion.kernels.tile import Tile
+from fx_fusion.kernels.tile import Tile, choose_tile, tile_for_any
+from fx_fusion.kernels.triton_launch import converts_float8, plan
 
 
 def launch(prepared: Prepared, **changed: object) -> None:
@@ -39,7 +40,7 @@ CONVERTED = [
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", CONVERTED)
 def test_the_converter_gives_the_same_bytes(name):
-    if not triton.converts_float8(torch.device("cuda")):
+    if not converts_float8(torch.device("cuda")):
         pytest.skip("this GPU has no converter that the kernel uses")
     prepared = prepare(VARIANTS[name])
     before = snapshot(prepared)
@@ -94,13 +95,13 @@ REFUSED = [
 def test_what_the_kernel_would_not_notice_is_refused(change, message):
     operands, options = arguments(**change)
     with pytest.raises(ValueError, match=message):
-        triton.plan(*operands, **options)
+        plan(*operands, **options)
 
 
 def test_one_eps_is_refused():
     operands, options = arguments()
     with pytest.raises(ValueError, match="arguments q_eps, k_eps: expected two or none"):
-        triton.plan(*operands, **{**options, "k_eps": None})
+        plan(*operands, **{**options, "k_eps": None})
 
 
 def test_a_tensor_on_the_cpu_is_refused():
@@ -110,12 +111,12 @@ def test_a_tensor_on_the_cpu_is_refused():
 
 
 def test_more_work_shares_more_and_heads_of_any_width_fill_a_thread_alike():
-    tiles = [triton.choose_tile(tokens, 32, 8, 128) for tokens in (1, 256, 4096)]
+    tiles = [choose_tile(tokens, 32, 8, 128) for tokens in (1, 256, 4096)]
     assert [tile.heads for tile in tiles] == [1, 4, 4]
-    narrow, wide = triton.choose_tile(4096, 32, 8, 64), triton.choose_tile(4096, 32, 8, 256)
+    narrow, wide = choose_tile(4096, 32, 8, 64), choose_tile(4096, 32, 8, 256)
     assert narrow.tokens * 64 == tiles[-1].tokens * 128
     assert wide.num_warps == tiles[-1].num_warps
-    assert triton.choose_tile(4096, 32, 8, 128, wave_size=64).tokens == 2 * tiles[-1].tokens
+    assert choose_tile(4096, 32, 8, 128, wave_size=64).tokens == 2 * tiles[-1].tokens
 
 
 def planned(operands, options, tile=None):
@@ -125,7 +126,7 @@ def planned(operands, options, tile=None):
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_a_launch_of_any_size_serves_all_heads_of_its_tile_or_one(head_dim):
     """The kernel holds code for these two only."""
-    tiles = [triton.tile_for_any(work, head_dim) for work in (0, 1, 5119, 5120, 10240, 1 << 40)]
+    tiles = [tile_for_any(work, head_dim) for work in (0, 1, 5119, 5120, 10240, 1 << 40)]
     assert [tile.heads_per_program for tile in tiles] == [1] * 3 + [tiles[0].heads] * 3
 
 
@@ -134,7 +135,7 @@ def test_calls_that_differ_in_contents_alone_are_planned_once():
     launch = planned(operands, options)
     alike = [t if t is None else torch.empty_strided(t.shape, t.stride(), dtype=t.dtype) for t in operands]
     assert planned(alike, {**options, "axes": list(options["axes"])}) is launch
-    assert launch == triton.plan(*operands, **options)
+    assert launch == plan(*operands, **options)
 
 
 def wider(tensor):
@@ -147,7 +148,7 @@ def test_other_strides_are_planned_anew(names):
     tensors = prepare(Variant(tile=None)).tensors
     others, _ = arguments(**{name: wider(tensors[name]) for name in names})
     launch = planned(operands, options)
-    assert planned(others, options) == triton.plan(*others, **options) != launch
+    assert planned(others, options) == plan(*others, **options) != launch
 
 
 def test_another_dtype_and_other_sizes_are_planned_anew():
@@ -159,14 +160,14 @@ def test_another_dtype_and_other_sizes_are_planned_anew():
         {"cos": tensors["cos"][:-1], "sin": tensors["sin"][:-1]},
     ):
         others, _ = arguments(**changes)
-        assert planned(others, options) == triton.plan(*others, **options) != launch
+        assert planned(others, options) == plan(*others, **options) != launch
 
 
 @pytest.mark.parametrize("change", [{"q_eps": 0.5}, {"saturate": True}, {"axes": [1] * 64}, {"rotary_dim": 64}])
 def test_other_options_are_planned_anew(change):
     operands, options = arguments()
     launch = planned(operands, options)
-    assert planned(operands, {**options, **change}) == triton.plan(*operands, **{**options, **change}) != launch
+    assert planned(operands, {**options, **change}) == plan(*operands, **{**options, **change}) != launch
     assert planned(operands, options, Tile(1, 1)).tile == Tile(1, 1)
 
 
@@ -184,4 +185,4 @@ def test_lanes_further_apart_than_the_kernel_counts_are_refused():
     operands = [prepared.tensors[name] for name in (*names, "k_cache", "v_cache")]
     far = prepared.options["v_layout"]._replace(lane_stride=1 << 24)
     with pytest.raises(ValueError, match="argument v_cache: expected the lanes of a row within 2\\^31 elements"):
-        triton.plan(*operands, **{**prepared.options, "v_layout": far})
+        plan(*operands, **{**prepared.options, "v_layout": far})

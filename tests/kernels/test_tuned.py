@@ -7,9 +7,10 @@ import json
 import pytest
 import torch
 
-from fx_fusion.kernels import triton, tuned
+from fx_fusion.kernels import tuned
 from fx_fusion.kernels.cache_layout import CacheLayout
-from fx_fusion.kernels.tile import Tile, candidates
+from fx_fusion.kernels.tile import Tile, candidates, choose_tile
+from fx_fusion.kernels.triton_launch import plan
 from fx_fusion.kernels.tuned_file import VERSION, Machine, Shape, Timing, Tuned, from_json, to_json
 
 HERE = Machine("AMD Instinct MI300X", "gfx942", "3.6.0", "0.1.5")
@@ -158,24 +159,24 @@ def operands(tokens, rotary_dim=128):
 
 def planned(tokens, **chosen):
     tensors, options = operands(tokens)
-    return triton.plan(*tensors, **options, **chosen).tile
+    return plan(*tensors, **options, **chosen).tile
 
 
 def test_a_launch_takes_the_tile_that_was_measured(path):
     assert planned(8) == Tile(2, 1)
     assert planned(100) == Tile(4, 2, 2)
     assert planned(100, tile=Tile(1, 1)) == Tile(1, 1)
-    assert planned(4) == triton.choose_tile(4, 32, 8, 128)
+    assert planned(4) == choose_tile(4, 32, 8, 128)
 
 
 def test_another_rotary_dim_is_another_shape(path):
     tensors, options = operands(100, rotary_dim=64)
-    assert triton.plan(*tensors, **options).tile == triton.choose_tile(100, 32, 8, 128)
+    assert plan(*tensors, **options).tile == choose_tile(100, 32, 8, 128)
 
 
 def test_off(path, monkeypatch):
     monkeypatch.setenv("FX_FUSION_TUNED", "off")
-    assert planned(100) == triton.choose_tile(100, 32, 8, 128)
+    assert planned(100) == choose_tile(100, 32, 8, 128)
 
 
 def test_a_device_of_another_kind_has_no_measurements():
@@ -218,7 +219,7 @@ def test_a_file_that_cannot_be_used_is_one_warning(name, path, warnings):
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     for _ in range(3):
-        assert planned(100) == triton.choose_tile(100, 32, 8, 128)
+        assert planned(100) == choose_tile(100, 32, 8, 128)
     assert len(warnings) == 1
     for part in (str(path), reason, "python -m fx_fusion tune"):
         assert part in warnings[0]
@@ -226,7 +227,7 @@ def test_a_file_that_cannot_be_used_is_one_warning(name, path, warnings):
 
 def test_no_file_in_the_usual_place_is_no_warning(path, warnings, monkeypatch):
     monkeypatch.delenv("FX_FUSION_TUNED")
-    assert planned(100) == triton.choose_tile(100, 32, 8, 128)
+    assert planned(100) == choose_tile(100, 32, 8, 128)
     assert not warnings
 
 

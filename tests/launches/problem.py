@@ -16,7 +16,8 @@ from torch import Tensor
 
 from fx_fusion.kernels import triton
 from fx_fusion.kernels.cache_layout import CacheLayout
-from fx_fusion.kernels.triton import Tile
+from fx_fusion.kernels.tile import Tile, choose_tile
+from fx_fusion.kernels.triton_launch import Launch, plan
 
 BLOCKS, BLOCK_SIZE = 3, 16
 TABLE_ROWS = 40
@@ -66,7 +67,7 @@ class Variant:
     def tiled_for(self, wave_size: int) -> Variant:
         """With the tile that a launch on such a GPU would choose."""
         tokens = self.batch * self.seq
-        tile = triton.choose_tile(tokens, self.num_heads, self.num_kv_heads, self.head_dim, wave_size)
+        tile = choose_tile(tokens, self.num_heads, self.num_kv_heads, self.head_dim, wave_size)
         return dataclasses.replace(self, tile=tile)
 
     @property
@@ -101,7 +102,7 @@ class Prepared:
     variant: Variant
     tensors: dict[str, Tensor | None]
     options: dict[str, Any]
-    launch: triton.Launch
+    launch: Launch
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -138,7 +139,7 @@ def prepare(variant: Variant, device: str = "cpu", seed: int = 0) -> Prepared:
         "rotary_dim": variant.rotated, "is_neox": variant.is_neox, "axes": variant.axis_of_pairs(),
         "saturate": variant.saturate, "skip_negative_slots": variant.skip_negative_slots,
     }  # fmt: skip
-    launch = triton.plan(*operands.values(), **options, tile=variant.tile)
+    launch = plan(*operands.values(), **options, tile=variant.tile)
     # What would be so of tensors too large for a test.
     launch.constants["NARROW"] = variant.narrow
     outputs = {
