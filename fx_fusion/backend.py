@@ -9,10 +9,10 @@ import torch
 from torch._dynamo import register_backend
 from torch.fx import GraphModule
 
+from fx_fusion.capture.warm import refuse_compilation_in_captures
 from fx_fusion.config import Config
 from fx_fusion.fusion_pass import FusionPass
 from fx_fusion.report import REPORTS, FusionReport
-from fx_fusion.warm import refuse_compilation_in_captures
 
 _HOOK = "post_grad_custom_pre_pass"
 

@@ -14,7 +14,7 @@ from fx_fusion.decline import Decline
 from fx_fusion.facts import Facts
 from fx_fusion.kernels.cache_layout import Size
 from fx_fusion.kernels.contract import Problem, Target, mrope_section
-from fx_fusion.meaning import WITHOUT_STORE
+from fx_fusion.opaque.meaning import WITHOUT_STORE
 from fx_fusion.overlap import may_overlap
 from fx_fusion.parts import Part, parts
 from fx_fusion.patterns import qk_norm_rope_cache as pattern

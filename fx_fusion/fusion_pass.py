@@ -24,12 +24,12 @@ from fx_fusion.config import Config
 from fx_fusion.decline import Decline, first_source_line, module_path, reaching
 from fx_fusion.dispatch import KernelUnavailable
 from fx_fusion.facts import Facts
-from fx_fusion.inline import Inlined, inline
 from fx_fusion.kernels import tuned
 from fx_fusion.kernels.contract import Target
 from fx_fusion.kernels.versions import aiter_version, triton_version
-from fx_fusion.meaning import MEANINGS
 from fx_fusion.observer import NOBODY, Observer
+from fx_fusion.opaque.inline import Inlined, inline
+from fx_fusion.opaque.meaning import MEANINGS
 from fx_fusion.registry import REGISTRY, Fusion
 from fx_fusion.report import REPORTS, FusionReport, LayerReport
 
@@ -89,14 +89,17 @@ def _saves_for_backward(graph: Graph) -> bool:
     )
 
 
-_SUBPACKAGES = ("patterns", "kernels", "meanings")
+def _sources() -> list[Path]:
+    """Every module of the package; `patterns` and `kernels` may be links, which a recursive search would not follow."""
+    root = Path(__file__).parent
+    folders = [root, *(folder for folder in root.iterdir() if folder.is_dir())]
+    return sorted(path for folder in folders for path in folder.glob("*.py"))
 
 
 @functools.cache
 def _source_hash() -> str:
     digest = hashlib.sha256(torch.__version__.encode())
-    root = Path(__file__).parent
-    for path in sorted(p for folder in (root, *(root / name for name in _SUBPACKAGES)) for p in folder.glob("*.py")):
+    for path in _sources():
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -9,9 +9,9 @@ from torch.fx import Node
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from fx_fusion import opset
+from fx_fusion.capture.hazard_rules import copied_from, waits_for
 from fx_fusion.decline import Decline
 from fx_fusion.facts import Facts
-from fx_fusion.hazard_rules import copied_from, waits_for
 from fx_fusion.stores import Store
 
 

@@ -12,8 +12,8 @@ from torch.fx import Graph
 from fx_fusion.decline import Decline
 from fx_fusion.facts import Facts
 from fx_fusion.fingerprint import Unreadable, fingerprint
-from fx_fusion.function_fusion import PLATFORMS, Check, FunctionFusion
 from fx_fusion.kernels.contract import Target
+from fx_fusion.own.function_fusion import PLATFORMS, Check, FunctionFusion
 
 
 class Fusion(Protocol):

@@ -153,9 +153,9 @@ def assert_equal_after_fusion(
 
 def _assert_equal_in_float64(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any] | None) -> None:
     """The traced graph before and after the pass, every float of both raised to float64."""
-    from fx_fusion.boundary import Trial
-    from fx_fusion.mutants import capture, copies, rewritten
-    from fx_fusion.oracle import Runnable
+    from fx_fusion.mutation.boundary import Trial
+    from fx_fusion.mutation.mutants import capture, copies, rewritten
+    from fx_fusion.mutation.oracle import Runnable
 
     original = capture(*copy.deepcopy((fn, tuple(args), dict(kwargs or {}))))
     fused, report = rewritten(original)
@@ -200,8 +200,8 @@ def mutants(
     Raises:
         AssertionError: a mutant was fused wrongly; or the unchanged graph does not fuse, so that nothing was tested.
     """
-    from fx_fusion.mutants import Mutants, rewritten
-    from fx_fusion.oracle import judge
+    from fx_fusion.mutation.mutants import Mutants, rewritten
+    from fx_fusion.mutation.oracle import judge
 
     torch.manual_seed(seed)
     made = Mutants.of(fn, args, kwargs, count=count, seed=seed)

@@ -26,7 +26,7 @@ def check(what: str, holds: object) -> None:
 check(f"imported from the wheel, {HOME}", HOME.is_relative_to(WORK))
 check("versions agree", importlib.metadata.version("fx_fusion") == fx_fusion.__version__)
 check("py.typed", (HOME / "py.typed").exists())
-check("the page's style", (HOME / "page.css").read_text().strip())
+check("the page's style", (HOME / "show" / "page.css").read_text().strip())
 
 source = next(path for path in (WORK / "source").iterdir() if path.name == "fx_fusion")
 wanted = {path.relative_to(source).as_posix() for path in source.rglob("*.py")}

@@ -16,6 +16,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.utils import run_and_get_code
 
 import fx_fusion
+from fx_fusion import fusion_pass
 from fx_fusion.probe import relative_difference
 
 REFERENCE = {"fx_fusion.kernel": "reference"}
@@ -252,6 +253,14 @@ def test_a_second_process_with_a_warm_cache_tells_the_truth(tmp_path):
     assert "hits 0" not in second.stdout
     for demanding in (process(require=2), process(require=2)):
         assert "NotFused: fx_fusion.require=2, but 1 fused calls" in demanding.stderr
+
+
+def test_uuid_covers_every_module():
+    """One that is left out would be changed, and old results be served from a compile cache."""
+    names = [name for name in sys.modules if name.split(".")[0] == "fx_fusion"]
+    files = {Path(module.__file__).resolve() for name in names if (module := sys.modules[name]).__file__}
+    assert {path.resolve() for path in fusion_pass._sources()} >= files
+    assert len(files) > 60
 
 
 def test_uuid_follows_what_the_result_depends_on(monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fx_fusion
-from fx_fusion import hazards
+from fx_fusion.capture import hazards
 from fx_fusion.decline import CODES, markdown
 
 ROOT = Path(__file__).parents[1]

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from fx_fusion.commands import explain, subject
-from fx_fusion.difference import compare
 from fx_fusion.report import FusionReport, LayerReport
+from fx_fusion.show.difference import compare
 
 HERE = Path(__file__).parent
 CONFIGS = HERE.parent / "examples" / "configs"

@@ -367,7 +367,7 @@ def test_compiling_in_a_capture_is_refused():
     model, generator = decoder(num_layers=1), torch.Generator().manual_seed(0)
     fused, batch = compiled(model, "triton", require=1), random_batch(model.config, generator)
     expected = copy.deepcopy(model)(batch)
-    from fx_fusion.warm import refuse_compilation_in_captures
+    from fx_fusion.capture.warm import refuse_compilation_in_captures
 
     refuse_compilation_in_captures()
     with pytest.raises(Exception, match=r"torch\.compile starts to compile while a graph is being captured"):

@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 from two_layers import Stack
 
 import fx_fusion
-from fx_fusion import congruence, evaluate, probe
+from fx_fusion import evaluate, probe
+from fx_fusion.own import congruence
 from fx_fusion.patterns import cache_store, conversion, cos_sin_table, split, store_mask, written
 from fx_fusion.registry import REGISTRY
 from fx_fusion.testing import assert_fuses

@@ -15,7 +15,7 @@ import fx_fusion
 from fx_fusion.config import Config
 from fx_fusion.fusion_pass import FusionPass, apply
 from fx_fusion.meanings import vllm
-from fx_fusion.mutants import capture
+from fx_fusion.mutation.mutants import capture
 from fx_fusion.testing import assert_declines, assert_fuses, run
 
 LIBRARY = opaque_ops.register("opaque_test", {name: name for name in opaque_ops.SCHEMAS})
@@ -475,7 +475,7 @@ def test_decorator():
         with pytest.raises(ValueError, match="has a declared meaning already; remove"):
             fx_fusion.declare_meaning(OPS.rms_norm, norm)
     finally:
-        del fx_fusion.meaning.MEANINGS._declared["opaque_test::rms_norm.default"]
+        del fx_fusion.opaque.meaning.MEANINGS._declared["opaque_test::rms_norm.default"]
 
 
 def test_before_the_library_is_there():

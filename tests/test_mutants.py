@@ -7,8 +7,8 @@ import torch
 from prologue import Prologue, arguments
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fx_fusion.mutants import Mutants, _is_survivable, capture, rewritten
-from fx_fusion.mutation_region import region
+from fx_fusion.mutation.mutants import Mutants, _is_survivable, capture, rewritten
+from fx_fusion.mutation.region import region
 
 
 def some(count=20, seed=0):

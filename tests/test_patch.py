@@ -19,8 +19,8 @@ from fx_fusion.builtin import QkNormRopeCache
 from fx_fusion.commands import patch
 from fx_fusion.commands.subject import Subject
 from fx_fusion.facts import Facts
-from fx_fusion.handwritten import function, operands, place, quoted, written_axes
-from fx_fusion.mutants import capture
+from fx_fusion.mutation.mutants import capture
+from fx_fusion.show.handwritten import function, operands, place, quoted, written_axes
 
 HERE = Path(__file__).parent
 

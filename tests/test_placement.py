@@ -6,7 +6,8 @@ import pytest
 import torch
 from prologue import SLOTS, Prologue, arguments
 
-from fx_fusion import graphs, testing
+from fx_fusion import testing
+from fx_fusion.capture import graphs
 from fx_fusion.config import Config
 from fx_fusion.fusion_pass import apply
 

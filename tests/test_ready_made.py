@@ -6,10 +6,10 @@ import opaque_ops
 import pytest
 import torch
 
-from fx_fusion.comparison import Comparisons
-from fx_fusion.meaning import Meaning, signature_mismatch
-from fx_fusion.meaning_trace import complete
 from fx_fusion.meanings import READY_MADE, sglang, vllm
+from fx_fusion.opaque.comparison import Comparisons
+from fx_fusion.opaque.meaning import Meaning, signature_mismatch
+from fx_fusion.opaque.meaning_trace import complete
 from fx_fusion.sizes import Sizes
 
 TOKENS, HEADS, KV_HEADS, HEAD_DIM, BLOCKS, BLOCK_SIZE, GROUP = 5, 4, 2, 16, 8, 4, 4

@@ -79,8 +79,8 @@ def test_mutants_of_a_users_pattern(monkeypatch):
         fx_fusion.register_fusion(pattern=patterns.rms_norm, replacement=patterns.my_rms_norm)
         tally = testing.mutants(model, args, count=25, trials=4)
         assert tally.refused and tally.right and not tally.wrong
-        monkeypatch.setattr("fx_fusion.search.TOLERANCE", 1.0)
-        monkeypatch.setattr("fx_fusion.function_fusion.TOLERANCE", 1.0)
-        monkeypatch.setattr("fx_fusion.function_fusion.NATIVE_TOLERANCE", {torch.float32: 1.0})
+        monkeypatch.setattr("fx_fusion.own.search.TOLERANCE", 1.0)
+        monkeypatch.setattr("fx_fusion.own.function_fusion.TOLERANCE", 1.0)
+        monkeypatch.setattr("fx_fusion.own.function_fusion.NATIVE_TOLERANCE", {torch.float32: 1.0})
         with pytest.raises(AssertionError, match="mutants that were fused wrongly"):
             testing.mutants(model, args, count=25, trials=4)

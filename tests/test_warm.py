@@ -7,9 +7,9 @@ import torch
 from prologue import Prologue, arguments
 
 import fx_fusion
+from fx_fusion.capture.warm import refuse_compilation_in_captures
 from fx_fusion.kernels.capture import FirstUseInCapture, only_warm
 from fx_fusion.report import REPORTS
-from fx_fusion.warm import refuse_compilation_in_captures
 
 OPTIONS = {"fx_fusion.kernel": "reference", "fx_fusion.inner": "eager"}
 

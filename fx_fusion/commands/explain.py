@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from fx_fusion.anatomy import Recorder
 from fx_fusion.commands.subject import Subject, SubjectError, add_arguments, build, explain_quietly
 from fx_fusion.config import Config, OptionError
-from fx_fusion.difference import Change, compare
 from fx_fusion.dispatch import NAMES
-from fx_fusion.page import page
 from fx_fusion.report import FusionReport, runs
+from fx_fusion.show.anatomy import Recorder
+from fx_fusion.show.difference import Change, compare
+from fx_fusion.show.page import page
 from fx_fusion.terminal import print_lines, print_table
 from fx_fusion.trace import home
 from fx_fusion.version import __version__

@@ -18,11 +18,11 @@ from fx_fusion.commands.subject import Subject, SubjectError, add_arguments, bui
 from fx_fusion.config import Config, OptionError
 from fx_fusion.dispatch import KERNELS
 from fx_fusion.facts import Facts
-from fx_fusion.handwritten import function, identifier, place, quoted, unwritable
 from fx_fusion.observer import Observer
 from fx_fusion.patterns.qk_norm_rope_cache import Match
 from fx_fusion.registry import Fusion
 from fx_fusion.report import LayerReport
+from fx_fusion.show.handwritten import function, identifier, place, quoted, unwritable
 from fx_fusion.trace import home
 
 EXIT_CODES = "exit code: 0 if every layer can be patched, 1 if one cannot, 2 if the model cannot be built"

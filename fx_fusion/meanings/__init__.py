@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from fx_fusion.meaning import Hidden, Meaning
 from fx_fusion.meanings import sglang, vllm
+from fx_fusion.opaque.meaning import Hidden, Meaning
 
 #: By qualified name. What the user declares for the same operation comes first.
 READY_MADE: dict[str, Meaning] = {meaning.name: meaning for meaning in (*vllm.MEANINGS, *sglang.MEANINGS)}

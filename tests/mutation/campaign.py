@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import torch
 
 from fx_fusion.dispatch import KernelUnavailable
-from fx_fusion.mutants import Mutant, Mutants, rewritten
-from fx_fusion.oracle import Wrong, judge
+from fx_fusion.mutation.mutants import Mutant, Mutants, rewritten
+from fx_fusion.mutation.oracle import Wrong, judge
 from fx_fusion.report import FusionReport
 from mutation.corpus import CASES
 

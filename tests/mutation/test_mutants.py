@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fx_fusion import opset
-from fx_fusion.mutants import rewritten
-from fx_fusion.oracle import judge
+from fx_fusion.mutation.mutants import rewritten
+from fx_fusion.mutation.oracle import judge
 from fx_fusion.patterns import qk_norm_rope_cache, rotated_heads
 from mutation import campaign
 from mutation.corpus import CASES

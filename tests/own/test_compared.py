@@ -9,7 +9,7 @@ from torch._inductor.pattern_matcher import PatternMatcherPass, fwd_only, regist
 import fx_fusion
 from fx_fusion.config import Config
 from fx_fusion.fusion_pass import apply
-from fx_fusion.mutants import capture
+from fx_fusion.mutation.mutants import capture
 from own import patterns
 from own.test_function_fusions import by_quotient
 

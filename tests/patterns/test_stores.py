@@ -8,7 +8,7 @@ from prologue import HEAD_DIM, NUM_KV_HEADS, SLOTS, Prologue, arguments
 
 from fx_fusion.config import Config
 from fx_fusion.fusion_pass import apply
-from fx_fusion.mutants import capture
+from fx_fusion.mutation.mutants import capture
 from fx_fusion.testing import assert_declines, assert_fuses
 
 BLOCK = 8

@@ -11,7 +11,7 @@ from prologue import HEAD_DIM, NUM_KV_HEADS, SLOTS, Prologue, arguments
 from fx_fusion import placement
 from fx_fusion.decline import Decline
 from fx_fusion.kernels import reference
-from fx_fusion.mutants import capture
+from fx_fusion.mutation.mutants import capture
 from fx_fusion.patterns import conversion
 from fx_fusion.testing import assert_declines, run
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fx_fusion.code_identity import describe
+from fx_fusion.opaque.code_identity import describe
 
 Function = Callable[..., Any]
 

@@ -9,7 +9,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from fx_fusion.decline import Decline
-from fx_fusion.samples import distinct, is_index
+from fx_fusion.own.samples import distinct, is_index
 
 Function = Callable[..., Any]
 Tensors = Mapping[str, torch.Tensor]

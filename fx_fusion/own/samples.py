@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from fx_fusion.congruence import Comparison, Side, coarsest, random_like
 from fx_fusion.decline import Decline
 from fx_fusion.evaluate import Arithmetic
 from fx_fusion.functional import Functional
+from fx_fusion.own.congruence import Comparison, Side, coarsest, random_like
 from fx_fusion.sizes import Sizes
 
 

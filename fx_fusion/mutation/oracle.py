@@ -19,8 +19,8 @@ from torch.fx import Graph, GraphModule, Interpreter
 from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
-from fx_fusion.boundary import Poke, Trial, trials
-from fx_fusion.mutants import Mutant, copies
+from fx_fusion.mutation.boundary import Poke, Trial, trials
+from fx_fusion.mutation.mutants import Mutant, copies
 
 #: How often the fused error may exceed the unfused one, and how many units in the last place (of the row's largest
 #: value) rounding alone may make: a rotation adds two products, a projection after it 64 of them.

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-from fx_fusion import flow
-from fx_fusion.anatomy import Anatomy, LayerAnatomy, Quote, Step
-from fx_fusion.findings import findings
 from fx_fusion.report import FusionReport, LayerReport
+from fx_fusion.show import flow
+from fx_fusion.show.anatomy import Anatomy, LayerAnatomy, Quote, Step
+from fx_fusion.show.findings import findings
 
 #: What the colours mean.
 LEGEND = {
@@ -25,7 +25,7 @@ def page(report: FusionReport, graphs: Sequence[Anatomy], title: str, notes: Seq
 
     Args:
         report: of all graphs; layers are numbered as in it.
-        graphs: what a :class:`fx_fusion.anatomy.Recorder` recorded.
+        graphs: what a :class:`fx_fusion.show.anatomy.Recorder` recorded.
         title: what was explained.
         notes: under what conditions, a line each.
     """

@@ -17,10 +17,10 @@ import torch
 from torch.fx import Node
 
 from fx_fusion import opset
-from fx_fusion.congruence import free_key, interior, is_free, is_product, is_undefined
 from fx_fusion.facts import Facts
 from fx_fusion.functional import Functional
 from fx_fusion.opset import aten
+from fx_fusion.own.congruence import free_key, interior, is_free, is_product, is_undefined
 
 #: Kinds of analytic steps that a function either needs or cannot have, however it is spelled.
 _KINDS: dict[str, frozenset[object]] = {

@@ -12,16 +12,16 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from fx_fusion import opset
-from fx_fusion.congruence import Comparison, Side, coarsest, interior
-from fx_fusion.cuts import Cut, Likeness, Locator, Outline, binding_orders
 from fx_fusion.decline import Decline
 from fx_fusion.facts import Facts
 from fx_fusion.functional import Functional, NotTraceable, fakes_like, trace
-from fx_fusion.parameters import Kind, Variant, asked
-from fx_fusion.pattern import Example, Pattern
+from fx_fusion.own.congruence import Comparison, Side, coarsest, interior
+from fx_fusion.own.cuts import Cut, Likeness, Locator, Outline, binding_orders
+from fx_fusion.own.parameters import Kind, Variant, asked
+from fx_fusion.own.pattern import Example, Pattern
+from fx_fusion.own.samples import Sampler
 from fx_fusion.probe import TOLERANCE
 from fx_fusion.region import Branch, branch_key
-from fx_fusion.samples import Sampler
 from fx_fusion.sizes import Sizes
 
 #: Values tried for the numbers of a pattern, all together, at one place.

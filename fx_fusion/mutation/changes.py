@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from fx_fusion import opset
 from fx_fusion.decline import first_source_line
-from fx_fusion.mutation_region import is_store, region, tensor_of
+from fx_fusion.mutation.region import is_store, region, tensor_of
 
 aten = torch.ops.aten
 prims = torch.ops.prims

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from fx_fusion.meaning import Meaning, arrange, call_meaning, qualified_name
+from fx_fusion.opaque.meaning import Meaning, arrange, call_meaning, qualified_name
 from fx_fusion.probe import relative_difference
 from fx_fusion.proof import NATIVE_TOLERANCE
 from fx_fusion.sizes import Sizes

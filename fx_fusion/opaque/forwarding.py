@@ -13,8 +13,8 @@ from fx_fusion import box as boxes
 from fx_fusion import opset
 from fx_fusion.box import Box
 from fx_fusion.emit import Emitter, fake_mode_of
-from fx_fusion.expansion import Expansion
 from fx_fusion.nodes import value_of
+from fx_fusion.opaque.expansion import Expansion
 from fx_fusion.opset import aten
 from fx_fusion.region import strip_aliases
 

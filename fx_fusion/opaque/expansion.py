@@ -15,11 +15,11 @@ from torch.utils import _pytree as pytree
 from fx_fusion import box as boxes
 from fx_fusion import opset
 from fx_fusion.call_forms import OpaqueCall, Part
-from fx_fusion.comparison import Comparison
 from fx_fusion.emit import Emitter, fake_mode_of
-from fx_fusion.meaning import Meaning
-from fx_fusion.meaning_trace import TracedMeaning, complete, is_input
 from fx_fusion.nodes import value_of
+from fx_fusion.opaque.comparison import Comparison
+from fx_fusion.opaque.meaning import Meaning
+from fx_fusion.opaque.meaning_trace import TracedMeaning, complete, is_input
 from fx_fusion.opset import aten
 
 

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fx_fusion.functional import Functional, NotTraceable, fakes_like, quiet, trace
-from fx_fusion.parameters import Kind, Parameter, Variant, asked, read_parameters, variants
+from fx_fusion.own.parameters import Kind, Parameter, Variant, asked, read_parameters, variants
 
 #: Shapes that a tensor of a made-up example may have. Sizes that mean different things differ.
 _SHAPES: tuple[tuple[int, ...], ...] = ((5, 16), (16,), (5, 3, 16), (5,), (5, 8), (1,), (64, 3, 16), (2, 5, 16))

@@ -14,10 +14,10 @@ from torch.fx import Graph
 
 from fx_fusion.decline import Decline
 from fx_fusion.dispatch import KernelUnavailable
-from fx_fusion.function_fusion import FunctionFusion, Match, insert
 from fx_fusion.kernels import reference, swiglu
 from fx_fusion.kernels.contract import Target
 from fx_fusion.op import qk_norm_rope_cache
+from fx_fusion.own.function_fusion import FunctionFusion, Match, insert
 
 
 def _choose(name: str, kernel: str, target: Target) -> str:

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
-from fx_fusion.mutants import Mutant, copies
-from fx_fusion.mutation_region import region
+from fx_fusion.mutation.mutants import Mutant, copies
+from fx_fusion.mutation.region import region
 
 Poke = Callable[[Tensor], Tensor]
 

@@ -14,9 +14,9 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch.fx import Node
 
-from fx_fusion import graphs
+from fx_fusion.capture import graphs
+from fx_fusion.capture.hazard_rules import in_aten_graph, in_dynamo_graph
 from fx_fusion.decline import first_source_line
-from fx_fusion.hazard_rules import in_aten_graph, in_dynamo_graph
 
 Severity = Literal["error", "warning", "note"]
 

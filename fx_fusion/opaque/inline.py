@@ -18,15 +18,15 @@ from torch.utils import _pytree as pytree
 
 from fx_fusion import box as boxes
 from fx_fusion.call_forms import OpaqueCall, Part, operation, read_call
-from fx_fusion.comparison import COMPARISONS
 from fx_fusion.decline import Decline
 from fx_fusion.emit import Emitter
-from fx_fusion.expansion import Expansion, insert, refresh
-from fx_fusion.forwarding import forward_reads
-from fx_fusion.meaning import MEANINGS, WITHOUT_STORE, Meaning, signature_mismatch
-from fx_fusion.meaning_trace import NoMeaning, TracedMeaning, complete, trace
 from fx_fusion.meanings import HIDDEN
 from fx_fusion.nodes import value_of
+from fx_fusion.opaque.comparison import COMPARISONS
+from fx_fusion.opaque.expansion import Expansion, insert, refresh
+from fx_fusion.opaque.forwarding import forward_reads
+from fx_fusion.opaque.meaning import MEANINGS, WITHOUT_STORE, Meaning, signature_mismatch
+from fx_fusion.opaque.meaning_trace import NoMeaning, TracedMeaning, complete, trace
 from fx_fusion.opset import aten
 from fx_fusion.sizes import Sizes, admissible_sizes
 

@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from fx_fusion.meaning import arrange, call_meaning
+from fx_fusion.opaque.meaning import arrange, call_meaning
 from fx_fusion.opset import aten
 
 

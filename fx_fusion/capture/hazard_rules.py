@@ -13,7 +13,7 @@ from fx_fusion.opset import aten, prims
 
 
 class Found(NamedTuple):
-    """What a rule found: a key of :data:`fx_fusion.hazards.HAZARDS`, what was seen, and where."""
+    """What a rule found: a key of :data:`fx_fusion.capture.hazards.HAZARDS`, what was seen, and where."""
 
     code: str
     reason: str

@@ -21,7 +21,6 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate
 
 from fx_fusion import opset
-from fx_fusion.congruence import SCALES, Comparison, coarsest, interior
 from fx_fusion.decline import Decline
 from fx_fusion.emit import Emitter
 from fx_fusion.evaluate import Arithmetic
@@ -30,15 +29,16 @@ from fx_fusion.functional import Functional, NotTraceable, trace
 from fx_fusion.kernels.contract import Target
 from fx_fusion.nodes import value_of
 from fx_fusion.opset import aten
-from fx_fusion.parameters import check_replacement
-from fx_fusion.pattern import Pattern
+from fx_fusion.own.congruence import SCALES, Comparison, coarsest, interior
+from fx_fusion.own.parameters import check_replacement
+from fx_fusion.own.pattern import Pattern
+from fx_fusion.own.replacement import compare_replacement
+from fx_fusion.own.samples import Sampler
+from fx_fusion.own.search import Place, Search, Tracer, compare
 from fx_fusion.placement import check_convex, check_devices
 from fx_fusion.probe import TOLERANCE
 from fx_fusion.proof import NATIVE_TOLERANCE
 from fx_fusion.region import Branch, branch_key, is_moved_from, strip_aliases
-from fx_fusion.replacement import compare_replacement
-from fx_fusion.samples import Sampler
-from fx_fusion.search import Place, Search, Tracer, compare
 from fx_fusion.sizes import Sizes
 
 log = logging.getLogger(__name__)

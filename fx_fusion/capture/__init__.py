@@ -1,0 +1,1 @@
+"""What a model needs to be captured in a CUDA or HIP graph."""

@@ -1,0 +1,1 @@
+"""Mutation testing of graphs, with an oracle that shares nothing with the pass."""

@@ -1,0 +1,1 @@
+"""Users' own fusions: a pattern and a replacement, both plain PyTorch functions."""

@@ -1,0 +1,1 @@
+"""Reports for people: pages, drawings, the change by hand."""
