@@ -60,7 +60,7 @@ SABOTAGE = {
         [NO_CERTIFICATE, (opset, "is_analytic", lambda node: not opset.is_opaque(node))],
         aten.pow.Tensor_Scalar,
     ),
-    "slots": ([(qk_norm_rope_cache, "_same_slots", _slots_of_the_key)], aten.index_put.default),
+    "slots": ([(qk_norm_rope_cache, "shared_slots", _slots_of_the_key)], aten.index_put.default),
 }
 
 
