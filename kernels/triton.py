@@ -20,7 +20,6 @@ from fx_fusion.kernels.triton_launch import (
     Launch,
     dtype_names,
     plan,
-    tuned_tile,
 )
 
 
@@ -72,7 +71,7 @@ def qk_norm_rope_cache(
         )
     q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device) if return_k else None
-    launch = _plan_once(operands, options, tile or tuned_tile(q, k.shape[2], options["rotary_dim"]))
+    launch = _plan_once(operands, options, tile)
     if launch.grid[0]:
         *inputs, k_cache, v_cache = operands
         with torch.cuda.device(q.device):
@@ -94,7 +93,9 @@ _MOST_PLANS = 1024
 
 
 def _plan_once(operands: Sequence[Tensor | None], options: dict[str, Any], tile: Tile | None) -> Launch:
-    """The plan of this call; of calls that differ in the tensors' contents alone, made once."""
+    """The plan of this call; of calls that differ in the tensors' contents alone, made once. So is the look for a
+    measured tile, which takes a file's date.
+    """
     seen = [t if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in operands]
     asked = (*seen, tile, *{**options, "axes": tuple(options["axes"])}.items())
     found = _plans.get(asked)

@@ -83,7 +83,7 @@ def plan(
     batch, seq, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[2]
     num_tokens = batch * seq
-    tile = tile or tuned_tile(q, num_kv_heads, rotary_dim)
+    tile = tile or _tuned_tile(q, num_kv_heads, rotary_dim)
     tile = tile or choose_tile(num_tokens, num_heads, num_kv_heads, head_dim, wave_size_of(q.device))
     heads = tile.heads if tile.heads_per_program is None else tile.heads_per_program
     cos_strides, sin_strides = (_angle_strides(rows, positions) for rows in (cos, sin))
@@ -150,7 +150,7 @@ def plan(
     return Launch((_cdiv(num_tokens, tile.tokens), groups), arguments, constants, tile)
 
 
-def tuned_tile(q: Tensor, num_kv_heads: int, rotary_dim: int) -> Tile | None:
+def _tuned_tile(q: Tensor, num_kv_heads: int, rotary_dim: int) -> Tile | None:
     batch, seq, num_heads, head_dim = q.shape
     shape = Shape.of(num_heads, num_kv_heads, head_dim, rotary_dim, q.dtype)
     measured = tuned.timing(shape, batch * seq, q.device)
