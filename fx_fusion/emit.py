@@ -45,10 +45,7 @@ class Emitter:
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         """A new node, its ``meta["val"]`` computed on fake tensors."""
         node = self._insert(target, args, kwargs)
-        fake_args: Any = map_aggregate(node.args, value_of)
-        fake_kwargs: Any = map_aggregate(node.kwargs, value_of)
-        with fake_mode_of((fake_args, fake_kwargs, self._origin.meta.get("val"))):
-            node.meta["val"] = target(*fake_args, **fake_kwargs)
+        node.meta["val"] = fake_run(node, self._origin.meta.get("val"))
         return node
 
     def call_with_value(self, value: Any, target: Any, *args: Any, **kwargs: Any) -> Node:
@@ -118,6 +115,13 @@ def take(emit: Emitter, source: Node, grid: Sequence[Size], tail: Sequence[tuple
         if (offset, step, length) != (0, 1, extent):
             view = emit.call(aten.slice.Tensor, view, dim, offset, offset + step * (length - 1) + 1, step)
     return view
+
+
+def fake_run(node: Node, beside: Any) -> Any:
+    """What `node` makes of its arguments' fake values; `beside` knows the mode where no argument does."""
+    args, kwargs = map_aggregate((node.args, node.kwargs), value_of)  # type: ignore[misc]
+    with fake_mode_of((args, kwargs, beside)):
+        return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def fake_mode_of(values: Any) -> contextlib.AbstractContextManager[Any]:

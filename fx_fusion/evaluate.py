@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import enum
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -80,8 +80,8 @@ def _bytes_to_come(node: Node, sizes: Sizes) -> int:
     return torch.Size(sizes.shape(value)).numel() * torch.float64.itemsize
 
 
-def schedule(outputs: Sequence[Node], inputs: Mapping[Node, Any]) -> list[Node]:
-    """The nodes to run, each after what it needs (iterative: a model's graph is deeper than Python's stack)."""
+def schedule(outputs: Iterable[Node], inputs: Container[Node]) -> list[Node]:
+    """The nodes between, each after what it needs (iterative: a model's graph is deeper than Python's stack)."""
     done: dict[Node, None] = {}
     stack = list(outputs)
     while stack:

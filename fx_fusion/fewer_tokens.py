@@ -82,7 +82,7 @@ def _shorten(
     inputs: Sequence[Node], outputs: Sequence[Node], carrier: Node, tokens: int
 ) -> tuple[dict[Node, Node], int] | None:
     """One axis made short, the longest that there is; and how many tokens are left."""
-    steps = [node for node in schedule(outputs, dict.fromkeys(inputs)) if node not in inputs]
+    steps = schedule(outputs, set(inputs))
     if any(node.op != "call_function" for node in steps) or not all(map(_is_static, (*inputs, *steps))):
         return None
     taken = {extent for node in (*inputs, *steps) for shape in _shapes(node) for extent in shape}

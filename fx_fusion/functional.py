@@ -23,6 +23,8 @@ from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
+from fx_fusion.nodes import value_of
+
 
 class NotTraceable(Exception):
     """The function cannot be written as a graph of these tensors; the message says why."""
@@ -89,7 +91,7 @@ def trace(fn: Callable[..., Any], tensors: Mapping[str, torch.Tensor], others: M
 
 def _fake_run(node: Node) -> Any:
     """The fake value of an operation that PyTorch leaves without one, because it returns nothing of its own."""
-    args, kwargs = map_aggregate((node.args, node.kwargs), lambda a: a.meta["val"] if isinstance(a, Node) else a)
+    args, kwargs = map_aggregate((node.args, node.kwargs), value_of)
     return node.target(*args, **kwargs)  # type: ignore[operator]
 
 

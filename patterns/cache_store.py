@@ -154,7 +154,7 @@ def _address(
         in_group, block_dims, group = None, [], 0
     else:
         *block_dims, slot_dim = dims
-        slots, slot_size, slot_stride = _index(written, slot_dim, token, grid, store), written.size[slot_dim], 0
+        slots, slot_size = _index(written, slot_dim, token, grid, store), written.size[slot_dim]
         slot_stride, in_group, group = written.stride[slot_dim], None, 0
         if len(dims) == 3 and isinstance(slot_size, int):
             group, in_group = slot_size, slots

@@ -30,6 +30,7 @@ from fx_fusion.kernels import aiter
 ROOT = Path(__file__).resolve().parent.parent
 #: Tests compile for most of their time. Nothing is timed in them.
 IN_PARALLEL = ("-n", str(min(8, os.cpu_count() or 1)))
+QUICK = ("--quick", "--tokens", "1,64,1024,16384")
 SMALL = ("--layers", "6", "--batch", "1,32", "--context", "256")
 NO_GPU = "no GPU: PyTorch finds neither a ROCm nor a CUDA device here, so nothing of this report can be produced"
 
@@ -64,6 +65,7 @@ def steps(folder: Path) -> list[Step]:
         return Step(title, (python, f"examples/benchmarks/{script}", *arguments), shows=shows)
 
     output = ("--output", str(folder))
+    tune = (python, "-m", "fx_fusion", "tune", *QUICK, "--output", str(folder / "tuned.json"))
     return [
         Step("What this machine can run", (python, "-m", "fx_fusion", "doctor")),
         pytest("The Triton kernel against float64, every variant", "tests/kernels/test_triton.py"),
@@ -73,20 +75,7 @@ def steps(folder: Path) -> list[Step]:
         pytest("Transformers models, through Inductor", "tests/test_gpu.py"),
         pytest("The other fusions", "tests/own/test_shipped.py"),
         Step("The serving example", (python, "examples/qwen3_vl_serving.py")),
-        Step(
-            "Triton and aiter, side by side",
-            (
-                python,
-                "-m",
-                "fx_fusion",
-                "tune",
-                "--quick",
-                "--tokens",
-                "1,64,1024,16384",
-                "--output",
-                f"{folder}/tuned.json",
-            ),
-        ),
+        Step("Triton and aiter, side by side", tune),
         benchmark("Kernel benchmark", "kernel.py", *output, shows="kernel.md"),
         benchmark("A decode step of 6 layers", "decode_step.py", *SMALL, *output, shows="decode_step.md"),
         benchmark("Host time of a call", "launch_host_cost.py"),

@@ -47,6 +47,12 @@ class Shape:
     rows: bool = False
     return_k: bool = False
 
+    @property
+    def widths(self) -> list[int]:
+        """Of q, k and v in the packed projection."""
+        kv_width = self.num_kv_heads * self.head_dim
+        return [self.num_heads * self.head_dim * (2 if self.gated else 1), kv_width, kv_width]
+
     def __str__(self) -> str:
         return f"{self.num_heads}/{self.num_kv_heads}/{self.head_dim}"
 
@@ -75,11 +81,8 @@ class Calls:
 
     def __init__(self, shape: Shape, tokens: int, count: int) -> None:
         self.shape, self.tokens = shape, tokens
-        q_width = shape.num_heads * shape.head_dim * (2 if shape.gated else 1)
-        kv_width = shape.num_kv_heads * shape.head_dim
-        self.split = [q_width, kv_width, kv_width]
         make = {"device": "cuda", "dtype": torch.bfloat16}
-        self.projections = [torch.randn(1, tokens, sum(self.split), **make) for _ in range(count)]
+        self.projections = [torch.randn(1, tokens, sum(shape.widths), **make) for _ in range(count)]
         self.caches = [[self.cache(which) for which in "kv"] for _ in range(count)]
         self.slots = [self.places()[None].clone() for _ in range(count)]
         self.positions = [torch.randint(0, TABLE_ROWS, (3, 1, tokens), device="cuda") for _ in range(count)]
@@ -110,7 +113,7 @@ class Calls:
 
     def operands(self, index: int) -> tuple[list[Tensor | None], dict[str, object]]:
         shape = self.shape
-        q, k, v = self.projections[index].split(self.split, -1)
+        q, k, v = self.projections[index].split(shape.widths, -1)
         q = q.unflatten(-1, (shape.num_heads, -1))[..., : shape.head_dim]
         k, v = (part.unflatten(-1, (shape.num_kv_heads, shape.head_dim)) for part in (k, v))
         half = shape.rotary_dim // 2
@@ -163,9 +166,7 @@ class Calls:
 
 def unfused(shape: Shape) -> Callable[..., Tensor]:
     """The same in PyTorch, as a model writes it."""
-    half, eps = shape.rotary_dim // 2, 1e-6
-    kv_width = shape.num_kv_heads * shape.head_dim
-    widths = [shape.num_heads * shape.head_dim * (2 if shape.gated else 1), kv_width, kv_width]
+    half, eps, widths = shape.rotary_dim // 2, 1e-6, shape.widths
 
     def norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         y = x.float()
@@ -221,8 +222,8 @@ def bytes_moved(shape: Shape, tokens: int) -> int:
     return tokens * (read + written + indices + angles)
 
 
-def calls_that_fit(moved: int) -> int:
-    return max(3, min(100, (1 << 30) // moved))
+def calls_that_fit(shape: Shape, tokens: int) -> Calls:
+    return Calls(shape, tokens, max(3, min(100, (1 << 30) // bytes_moved(shape, tokens))))
 
 
 def copy_microseconds(moved: int, count: int, device: torch.device) -> float:
@@ -232,17 +233,14 @@ def copy_microseconds(moved: int, count: int, device: torch.device) -> float:
     return microseconds(lambda index: target[index].copy_(source[index]), count, device)
 
 
-def measure(shape: Shape, tokens: int, device: torch.device) -> dict[str, float]:
-    moved = bytes_moved(shape, tokens)
-    count = calls_that_fit(moved)
-    copy = copy_microseconds(moved, count, device)
-    fused = microseconds(Calls(shape, tokens, count).fused(), count, device)
+def measure(calls: Calls, device: torch.device) -> dict[str, float]:
+    moved, count = bytes_moved(calls.shape, calls.tokens), len(calls.projections)
+    copy, fused = copy_microseconds(moved, count, device), microseconds(calls.fused(), count, device)
     return {"copy": round(copy, 2), "fused": round(fused, 2)}
 
 
-def measure_compiled(prologue: Callable[..., Tensor], shape: Shape, tokens: int, device: torch.device) -> float:
-    count = calls_that_fit(bytes_moved(shape, tokens))
-    return round(microseconds(Calls(shape, tokens, count).through(prologue), count, device), 2)
+def measure_compiled(calls: Calls, prologue: Callable[..., Tensor], device: torch.device) -> float:
+    return round(microseconds(calls.through(prologue), len(calls.projections), device), 2)
 
 
 def measure_shape(shape: Shape, tokens: list[int], device: torch.device) -> list[dict[str, Any]]:
@@ -252,10 +250,11 @@ def measure_shape(shape: Shape, tokens: list[int], device: torch.device) -> list
     for_each, for_any = compiled_for_each_size(shape), fused_for_any_size(shape)
     rows = []
     for number in tokens:
-        row: dict[str, Any] = {"shape": str(shape), "tokens": number, **measure(shape, number, device)}
+        calls = calls_that_fit(shape, number)
+        row: dict[str, Any] = {"shape": str(shape), "tokens": number, **measure(calls, device)}
         with torch.compiler.set_stance("fail_on_recompile"):
-            row["symbolic"] = measure_compiled(for_any, shape, number, device)
-        row["static compile"] = measure_compiled(for_each, shape, number, device)
+            row["symbolic"] = measure_compiled(calls, for_any, device)
+        row["static compile"] = measure_compiled(calls, for_each, device)
         print(row, flush=True)
         rows.append(row)
     return rows
@@ -363,7 +362,7 @@ def main() -> None:
     variants = []
     for name, shape in VARIANTS.items():
         for number in few:
-            variants.append({"variant": name, "tokens": number, **measure(shape, number, device)})
+            variants.append({"variant": name, "tokens": number, **measure(calls_that_fit(shape, number), device)})
             print(variants[-1], flush=True)
     machine = {
         "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,

@@ -26,6 +26,7 @@ from fx_fusion.functional import quiet
 from fx_fusion.fusion_pass import apply
 from fx_fusion.mutation.changes import propose
 from fx_fusion.mutation.region import is_store, region, tensor_of
+from fx_fusion.nodes import value_of
 from fx_fusion.report import FusionReport
 
 #: How many proposals in a row may be discarded or already seen before the graph counts as exhausted.
@@ -172,7 +173,7 @@ def _refresh(graph: Graph) -> bool:
 
 
 def _fake_run(node: Node) -> Any:
-    args, kwargs = map_aggregate((node.args, node.kwargs), lambda a: a.meta["val"] if isinstance(a, Node) else a)
+    args, kwargs = map_aggregate((node.args, node.kwargs), value_of)
     tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs, node.meta.get("val"))) if hasattr(leaf, "fake_mode")]
     with tensors[0].fake_mode:
         return node.target(*args, **kwargs)  # type: ignore[operator]

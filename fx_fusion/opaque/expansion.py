@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from fx_fusion import box as boxes
 from fx_fusion import opset
 from fx_fusion.call_forms import OpaqueCall, Part
-from fx_fusion.emit import Emitter, fake_mode_of
+from fx_fusion.emit import Emitter, fake_run
 from fx_fusion.nodes import value_of
 from fx_fusion.opaque.comparison import Comparison
 from fx_fusion.opaque.meaning import Meaning
@@ -192,10 +192,7 @@ def _lead(expansion: Expansion, index: int, value: Node | None) -> None:
 
 def refresh(node: Node) -> None:
     """The node's own fake value, where it has that of an equal computation: a view lies where its operand does."""
-    args: Any = map_aggregate(node.args, value_of)
-    kwargs: Any = map_aggregate(node.kwargs, value_of)
-    with fake_mode_of((args, kwargs, node.meta["val"])):
-        node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+    node.meta["val"] = fake_run(node, node.meta["val"])
 
 
 def _leaves(value: Any) -> list[Any]:

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from fx_fusion import opset
 from fx_fusion.certificate import _certify_root
 from fx_fusion.decline import Decline
-from fx_fusion.evaluate import Arithmetic, evaluate
+from fx_fusion.evaluate import Arithmetic, evaluate, schedule
 from fx_fusion.opset import aten
 from fx_fusion.probe import TOLERANCE, relative_difference
 from fx_fusion.sizes import Sizes
@@ -129,26 +129,8 @@ class Side:
 
     @staticmethod
     def of(inputs: Mapping[Node, str], results: Sequence[Node], sizes: Sizes, floor: torch.dtype) -> Side:
-        nodes = interior(inputs, results)
+        nodes = schedule(results, inputs)
         return Side(inputs, results, sizes, [node for node in nodes if is_free(node, floor)], nodes)
-
-
-def interior(inputs: Iterable[Node], results: Iterable[Node]) -> list[Node]:
-    """What lies between, each node after those it needs."""
-    known, done = set(inputs), dict[Node, None]()
-    stack = list(results)
-    while stack:
-        node = stack[-1]
-        if node in known or node in done:
-            stack.pop()
-            continue
-        needs = [] if opset.is_symbolic(node) else [p for p in node.all_input_nodes if p not in done and p not in known]
-        if needs:
-            stack.extend(needs)
-            continue
-        done[node] = None
-        stack.pop()
-    return list(done)
 
 
 class Comparison:
@@ -210,7 +192,7 @@ class _Run:
         self.symbols[node] = symbol or ("free", self.side.free.index(node))
 
     def is_ready(self, node: Node) -> bool:
-        return all(each in self.known or each not in self._free for each in interior(self.known, node.all_input_nodes))
+        return all(each in self.known or each not in self._free for each in schedule(node.all_input_nodes, self.known))
 
     def symbol(self, node: Node) -> Any:
         if node in self.symbols:

@@ -17,10 +17,11 @@ import torch
 from torch.fx import Node
 
 from fx_fusion import opset
+from fx_fusion.evaluate import schedule
 from fx_fusion.facts import Facts
 from fx_fusion.functional import Functional
 from fx_fusion.opset import aten
-from fx_fusion.own.congruence import free_key, interior, is_free, is_product, is_undefined
+from fx_fusion.own.congruence import free_key, is_free, is_product, is_undefined
 
 #: Kinds of analytic steps that a function either needs or cannot have, however it is spelled.
 _KINDS: dict[str, frozenset[object]] = {
@@ -68,7 +69,7 @@ class Outline:
 
     @staticmethod
     def of(pattern: Functional, result: Node) -> Outline:
-        nodes = interior(pattern.inputs.values(), [result])
+        nodes = schedule([result], set(pattern.inputs.values()))
         used = {parent for node in [*nodes, result] for parent in node.all_input_nodes}
         return Outline(
             tuple(name for name, node in pattern.inputs.items() if node in used),

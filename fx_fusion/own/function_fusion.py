@@ -23,13 +23,13 @@ from torch.fx.node import map_aggregate
 from fx_fusion import opset
 from fx_fusion.decline import Decline
 from fx_fusion.emit import Emitter
-from fx_fusion.evaluate import Arithmetic
+from fx_fusion.evaluate import Arithmetic, schedule
 from fx_fusion.facts import Facts
 from fx_fusion.functional import Functional, NotTraceable, trace
 from fx_fusion.kernels.contract import Target
 from fx_fusion.nodes import value_of
 from fx_fusion.opset import aten
-from fx_fusion.own.congruence import SCALES, Comparison, coarsest, interior
+from fx_fusion.own.congruence import SCALES, Comparison, coarsest
 from fx_fusion.own.parameters import check_replacement
 from fx_fusion.own.pattern import Pattern
 from fx_fusion.own.replacement import compare_replacement
@@ -155,7 +155,7 @@ class FunctionFusion:
 
     def read(self, facts: Facts, candidate: Place, memo: dict[object, Any]) -> Match:
         inputs = Search(facts, candidate.pattern, Tracer()).inputs(candidate.tensors)
-        nodes = interior(inputs, candidate.results)
+        nodes = schedule(candidate.results, inputs)
         leaves = list(candidate.tensors.values())
         keys = [branch_key(Branch(leaves[0], leaves[0], node, (), ()), leaves[1:]) for node in candidate.results]
         key = (self.name, id(candidate.pattern), repr(candidate.others), tuple(candidate.tensors), tuple(keys))

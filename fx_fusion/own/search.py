@@ -13,9 +13,10 @@ from torch.utils import _pytree as pytree
 
 from fx_fusion import opset
 from fx_fusion.decline import Decline
+from fx_fusion.evaluate import schedule
 from fx_fusion.facts import Facts
 from fx_fusion.functional import Functional, NotTraceable, fakes_like, trace
-from fx_fusion.own.congruence import Comparison, Side, coarsest, interior
+from fx_fusion.own.congruence import Comparison, Side, coarsest
 from fx_fusion.own.cuts import Cut, Likeness, Locator, Outline, binding_orders
 from fx_fusion.own.parameters import Kind, Variant, asked
 from fx_fusion.own.pattern import Example, Pattern
@@ -195,7 +196,7 @@ class Search:
             place = self._place(anchor, plan, covered, furthest)
             if place is not None:
                 place = self._with_cast(place, plan)
-                covered.update(interior(self.inputs(place.tensors), place.results))
+                covered.update(schedule(place.results, self.inputs(place.tensors)))
                 yield place
             elif furthest:
                 self.nearest.append((anchor, max(furthest, key=lambda decline: decline.stage)))
@@ -316,7 +317,7 @@ class Search:
         sizes = self._facts.sizes[0]
         shapes = self._shapes(variant, tensors, sizes)
         partial = len(tensors) < len(shapes)
-        nodes = interior(self.inputs(tensors), results.values())
+        nodes = schedule(results.values(), self.inputs(tensors))
         furthest = Decline("fusion.no_match", f"{next(iter(results.values()))} takes tensors of other shapes")
         for numbers in self._numbers(variant, nodes, sizes):
             try:
