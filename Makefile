@@ -46,7 +46,7 @@ lint: setup
 
 docs: setup
 	$(RUN) -c "from fx_fusion.decline import markdown; print(markdown(), end='')" > docs/declines.md
-	$(RUN) -c "from fx_fusion.capture.hazards import markdown; print(markdown(), end='')" > docs/hazards.md
+	$(RUN) -c "from fx_fusion.graph_capture.hazards import markdown; print(markdown(), end='')" > docs/hazards.md
 
 site: setup
 	@$(RUN) -c 'import material, mkdocstrings' 2>/dev/null || \

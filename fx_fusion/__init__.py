@@ -1,20 +1,21 @@
 """Find, prove and fuse the attention prologue of any model: ``torch.compile(model, backend="fx_fusion")``."""
 
 from fx_fusion.backend import NotFused, register
-from fx_fusion.builtin import QkNormRopeCache
-from fx_fusion.capture.hazards import Hazard, HazardReport, capture_hazards
-from fx_fusion.capture.warm import NotWarm, Warmup, refuse_compilation_in_captures, warmup
 from fx_fusion.config import Config, OptionError
 from fx_fusion.decline import CODES, Decline
-from fx_fusion.dispatch import KernelUnavailable
+from fx_fusion.function_fusions.fusion import Found
+from fx_fusion.function_fusions.shipped import QkNormRope, SwiGLU
+from fx_fusion.fusion import Fusion, Handle
 from fx_fusion.fusion_pass import FusionPass
-from fx_fusion.kernels.capture import FirstUseInCapture
-from fx_fusion.op import qk_norm_rope_cache
-from fx_fusion.opaque.meaning import MeaningHandle, declare_meaning
-from fx_fusion.own.function_fusion import Found
-from fx_fusion.own.shipped import QkNormRope, SwiGLU
-from fx_fusion.registry import Fusion, Handle, fusions, register_fusion
+from fx_fusion.graph_capture.hazards import Hazard, HazardReport, capture_hazards
+from fx_fusion.graph_capture.warm import NotWarm, Warmup, refuse_compilation_in_captures, warmup
+from fx_fusion.kernels.capture_guard import FirstUseInCapture
+from fx_fusion.kernels.dispatch import KernelUnavailable
+from fx_fusion.kernels.qk_norm_rope_cache.operation import qk_norm_rope_cache
+from fx_fusion.patterns.qk_norm_rope_cache.fusion import QkNormRopeCache
+from fx_fusion.registration import fusions, register_fusion
 from fx_fusion.report import FusionReport, LayerReport, last_report
+from fx_fusion.semantics.declare import MeaningHandle, declare_meaning
 from fx_fusion.trace import explain
 from fx_fusion.version import __version__
 

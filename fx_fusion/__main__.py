@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from fx_fusion.commands import doctor, explain, patch, tune
+from fx_fusion.cli import doctor, explain, patch, tune
 
 COMMANDS = (doctor, explain, patch, tune)
 

@@ -9,9 +9,9 @@ import torch
 from torch._dynamo import register_backend
 from torch.fx import GraphModule
 
-from fx_fusion.capture.warm import refuse_compilation_in_captures
 from fx_fusion.config import Config
 from fx_fusion.fusion_pass import FusionPass
+from fx_fusion.graph_capture.warm import refuse_compilation_in_captures
 from fx_fusion.report import REPORTS, FusionReport
 
 _HOOK = "post_grad_custom_pre_pass"

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from fx_fusion.dispatch import NAMES
-from fx_fusion.kernels.contract import Target
+from fx_fusion.kernels.dispatch import NAMES
+from fx_fusion.kernels.target import Target
 
 PREFIX = "fx_fusion."
 INNER = ("inductor", "eager")

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 import logging
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,19 +20,19 @@ from torch.fx import Graph, Node
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fx_fusion import config as configuration
-from fx_fusion import rewrite
 from fx_fusion.config import Config
 from fx_fusion.decline import Decline, first_source_line, module_path, reaching
-from fx_fusion.dispatch import KernelUnavailable
-from fx_fusion.facts import Facts
-from fx_fusion.kernels import tuned
-from fx_fusion.kernels.contract import Target
+from fx_fusion.fusion import REGISTRY, Fusion
+from fx_fusion.graph import tidy
+from fx_fusion.graph.analysis import Facts
+from fx_fusion.kernels.dispatch import KernelUnavailable
+from fx_fusion.kernels.measure import tuned
+from fx_fusion.kernels.target import Target
 from fx_fusion.kernels.versions import aiter_version, triton_version
 from fx_fusion.observer import NOBODY, Observer
-from fx_fusion.opaque.inline import Inlined, inline
-from fx_fusion.opaque.meaning import MEANINGS
-from fx_fusion.registry import REGISTRY, Fusion
 from fx_fusion.report import REPORTS, FusionReport, LayerReport
+from fx_fusion.semantics.declare import MEANINGS
+from fx_fusion.semantics.inline import Inlined, inline
 
 #: Told whether the graph is for inference, where this version of torch tells a pass.
 _InferenceAware: Any = getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", None)
@@ -90,10 +91,9 @@ def _saves_for_backward(graph: Graph) -> bool:
 
 
 def _sources() -> list[Path]:
-    """Every module of the package; `patterns` and `kernels` may be links, which a recursive search would not follow."""
-    root = Path(__file__).parent
-    folders = [root, *(folder for folder in root.iterdir() if folder.is_dir())]
-    return sorted(path for folder in folders for path in folder.glob("*.py"))
+    """Every module of the package; `patterns` and `kernels` may be links, so links are followed."""
+    found = os.walk(Path(__file__).parent, followlinks=True)
+    return sorted(Path(folder, name) for folder, _, names in found for name in names if name.endswith(".py"))
 
 
 @functools.cache
@@ -132,7 +132,7 @@ def apply(graph: Graph, config: Config, *, training: bool = False, observer: Obs
             rewritten = any(layer.state == "rewritten" for layer in layers)
             inlined.restore(rewritten=rewritten)
             if rewritten:
-                rewrite.finish(graph)
+                tidy.finish(graph)
             mutated += len(inlined.hidden_stores or inlined.hidden_attention)
     stores = 0 if any(layer.code == "store.missing" for layer in layers) else mutated
     if len(layers) > 1:
@@ -202,7 +202,7 @@ def _apply_fusion(
         except Exception as error:
             layers[position] = _declined(fusion.name, _internal(error, config))
     if matches:
-        rewrite.sort(graph)
+        tidy.sort(graph)
     spent = time.perf_counter() - started
     layers.extend(refused)
     return layers, spent

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch.fx import Graph
 
-from fx_fusion.facts import Facts
-from fx_fusion.registry import Fusion
+from fx_fusion.fusion import Fusion
+from fx_fusion.graph.analysis import Facts
 from fx_fusion.report import FusionReport, LayerReport
 
 

@@ -8,11 +8,11 @@ import torch
 from torch.fx import Node
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from fx_fusion import opset
-from fx_fusion.capture.hazard_rules import copied_from, waits_for
 from fx_fusion.decline import Decline
-from fx_fusion.facts import Facts
-from fx_fusion.stores import Store
+from fx_fusion.graph import operations as opset
+from fx_fusion.graph.analysis import Facts
+from fx_fusion.graph.store_site import Store
+from fx_fusion.graph_capture.hazard_rules import copied_from, waits_for
 
 
 def check_devices(operands: Iterable[Node]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from fx_fusion.probe import relative_difference
+from fx_fusion.proof.region_function import relative_difference
 from fx_fusion.report import REPORTS, FusionReport
 from fx_fusion.trace import merge
 

@@ -19,8 +19,8 @@ from torch.utils import _pytree as pytree
 
 from fx_fusion.config import Config
 from fx_fusion.fusion_pass import FusionPass, cpu_by_default
-from fx_fusion.kernels.capture import only_warm
-from fx_fusion.kernels.contract import Target
+from fx_fusion.kernels.capture_guard import only_warm
+from fx_fusion.kernels.target import Target
 from fx_fusion.observer import NOBODY, Observer
 from fx_fusion.report import REPORTS, FusionReport
 

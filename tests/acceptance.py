@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from fx_fusion.kernels import aiter
+from fx_fusion.kernels.qk_norm_rope_cache.aiter import implementation as aiter
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Tests compile for most of their time. Nothing is timed in them.

@@ -19,7 +19,7 @@ import transformers
 from models import FAMILIES, FURTHER, VOCABULARY, Run
 
 import fx_fusion
-from fx_fusion.probe import relative_difference
+from fx_fusion.proof.region_function import relative_difference
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "coverage.md"
 #: Relative difference of the logits that rounding explains.

@@ -26,11 +26,15 @@ def check(what: str, holds: object) -> None:
 check(f"imported from the wheel, {HOME}", HOME.is_relative_to(WORK))
 check("versions agree", importlib.metadata.version("fx_fusion") == fx_fusion.__version__)
 check("py.typed", (HOME / "py.typed").exists())
-check("the page's style", (HOME / "show" / "page.css").read_text().strip())
+check("the page's style", (HOME / "reporting" / "html.css").read_text().strip())
 
 source = next(path for path in (WORK / "source").iterdir() if path.name == "fx_fusion")
 wanted = {path.relative_to(source).as_posix() for path in source.rglob("*.py")}
-wanted |= {f"{name}/{path.name}" for name in ("patterns", "kernels") for path in (source.parent / name).glob("*.py")}
+wanted |= {
+    path.relative_to(source.parent).as_posix()
+    for name in ("patterns", "kernels")
+    for path in (source.parent / name).rglob("*.py")
+}
 found = {path.relative_to(HOME).as_posix() for path in HOME.rglob("*.py")}
 check(f"all {len(wanted)} modules are packaged, missing: {sorted(wanted - found)}", wanted <= found)
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch.fx import Graph
 
-from fx_fusion import evaluate as evaluation
 from fx_fusion.decline import CODES, STAGES, Decline, source_line
-from fx_fusion.evaluate import Arithmetic, evaluate
-from fx_fusion.facts import Facts
-from fx_fusion.opset import aten, prims
+from fx_fusion.graph.analysis import Facts
+from fx_fusion.graph.operations import aten, prims
+from fx_fusion.graph.sizes import Sizes
+from fx_fusion.graph.store_site import Store
 from fx_fusion.placement import check_cache_address, check_convex, check_devices, check_old_cache, check_order
-from fx_fusion.sizes import Sizes
-from fx_fusion.stores import Store
+from fx_fusion.proof import evaluate as evaluation
+from fx_fusion.proof.evaluate import Arithmetic, evaluate
 
 
 class Builder:

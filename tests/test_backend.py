@@ -17,7 +17,7 @@ from torch._inductor.utils import run_and_get_code
 
 import fx_fusion
 from fx_fusion import fusion_pass
-from fx_fusion.probe import relative_difference
+from fx_fusion.proof.region_function import relative_difference
 
 REFERENCE = {"fx_fusion.kernel": "reference"}
 CALL = "torch.ops.fx_fusion.qk_norm_rope_cache.default("
@@ -209,7 +209,7 @@ def test_fuel_stops_after_n(monkeypatch):
 
 
 def test_a_reader_that_raises_declines(monkeypatch):
-    from fx_fusion.patterns import qk_norm_rope_cache
+    from fx_fusion.patterns.qk_norm_rope_cache import match as qk_norm_rope_cache
 
     def broken(*_):
         raise ZeroDivisionError("broken on purpose")

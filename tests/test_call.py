@@ -11,8 +11,8 @@ from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton
 from torch._inductor.fx_passes import post_grad
 
 import fx_fusion
-from fx_fusion import dispatch
-from fx_fusion.kernels import triton
+from fx_fusion.kernels import dispatch
+from fx_fusion.kernels.qk_norm_rope_cache.triton import implementation as triton
 
 pytest.importorskip("triton")
 aten = torch.ops.aten

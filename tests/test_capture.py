@@ -9,7 +9,7 @@ from launches.checks import check, snapshot
 from launches.places import bring_back, bytes_of, on
 from launches.problem import prepare
 
-from fx_fusion.kernels import triton
+from fx_fusion.kernels.qk_norm_rope_cache.triton import implementation as triton
 
 pytestmark = pytest.mark.gpu
 

@@ -6,10 +6,11 @@ import pytest
 import torch
 from prologue import HEAD_DIM, Prologue, arguments
 
-from fx_fusion import certificate, proof
 from fx_fusion.decline import Decline
-from fx_fusion.opset import aten, prims
-from fx_fusion.region import Branch
+from fx_fusion.graph.operations import aten, prims
+from fx_fusion.graph.paths import Branch
+from fx_fusion.proof import certificate
+from fx_fusion.proof import floats as proof
 
 
 def branch(build, dtype=torch.float32):
@@ -108,7 +109,7 @@ def test_output_in_another_dtype():
 @pytest.mark.parametrize("change", ["eps", "sign", "lane"])
 def test_proof_refuses_a_wrong_reading(monkeypatch, change):
     """Whatever the readers say, a reference that differs from the region is refused."""
-    from fx_fusion.kernels import reference
+    from fx_fusion.kernels.qk_norm_rope_cache import reference
     from fx_fusion.testing import assert_declines
 
     original = reference.norm_rope

@@ -9,13 +9,16 @@ import torch
 from prologue import HEAD_DIM, NUM_HEADS, NUM_KV_HEADS, SLOTS, Prologue, arguments
 
 import fx_fusion
-from fx_fusion import builtin, dispatch
 from fx_fusion.decline import Decline
-from fx_fusion.dispatch import choose
-from fx_fusion.kernels import aiter, triton, tuned
-from fx_fusion.kernels.contract import Problem, Target
-from fx_fusion.kernels.tile import Tile
-from fx_fusion.kernels.tuned_file import Machine, Shape, Timing, Tuned, to_json
+from fx_fusion.kernels import dispatch
+from fx_fusion.kernels.dispatch import choose
+from fx_fusion.kernels.measure import tuned
+from fx_fusion.kernels.measure.tuned_file import Machine, Shape, Timing, Tuned, to_json
+from fx_fusion.kernels.qk_norm_rope_cache.aiter import implementation as aiter
+from fx_fusion.kernels.qk_norm_rope_cache.triton import implementation as triton
+from fx_fusion.kernels.qk_norm_rope_cache.triton.tile import Tile
+from fx_fusion.kernels.target import Problem, Target
+from fx_fusion.patterns.qk_norm_rope_cache import fusion as builtin
 from fx_fusion.testing import assert_fuses
 
 HERE = Machine("AMD Instinct MI300X", "gfx942", "3.6.0", "0.1.5")

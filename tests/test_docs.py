@@ -10,8 +10,8 @@ import torch
 
 import fx_fusion
 from fx_fusion import fusion_pass
-from fx_fusion.capture import hazards
 from fx_fusion.decline import CODES, markdown
+from fx_fusion.graph_capture import hazards
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -26,7 +26,9 @@ def test_the_table_of_hazards_is_generated():
 
 
 def test_every_hazard_can_be_found():
-    source = "".join((ROOT / "fx_fusion" / "capture" / name).read_text() for name in ("hazards.py", "hazard_rules.py"))
+    source = "".join(
+        (ROOT / "fx_fusion" / "graph_capture" / name).read_text() for name in ("hazards.py", "hazard_rules.py")
+    )
     for code in hazards.HAZARDS:
         assert source.count(f'"{code}"') >= 2, f"{code} is never found"
 

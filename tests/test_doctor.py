@@ -8,10 +8,11 @@ import json
 import pytest
 import torch
 
-from fx_fusion import checks
-from fx_fusion.commands import doctor
-from fx_fusion.kernels import reference, tuned
-from fx_fusion.kernels.tuned_file import Machine
+from fx_fusion.cli import doctor
+from fx_fusion.cli import doctor_checks as checks
+from fx_fusion.kernels.measure import tuned
+from fx_fusion.kernels.measure.tuned_file import Machine
+from fx_fusion.kernels.qk_norm_rope_cache import reference
 
 CPU = torch.device("cpu")
 HERE = Machine("AMD Instinct MI300X", "gfx942", "3.6.0", None)
@@ -90,7 +91,7 @@ def test_a_hidden_gpu(no_gpu, monkeypatch):
 
 
 def test_the_unrelated_aiter_is_named(monkeypatch):
-    from fx_fusion.kernels import aiter
+    from fx_fusion.kernels.qk_norm_rope_cache.aiter import implementation as aiter
 
     monkeypatch.setattr(aiter.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(aiter, "_is_unrelated", lambda: True)

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fx_fusion.commands import explain, subject
+from fx_fusion.cli import explain, subject
 from fx_fusion.report import FusionReport, LayerReport
-from fx_fusion.show.difference import compare
+from fx_fusion.reporting.diff import compare
 
 HERE = Path(__file__).parent
 CONFIGS = HERE.parent / "examples" / "configs"

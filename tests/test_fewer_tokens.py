@@ -6,10 +6,10 @@ import pytest
 import torch
 from test_analysis import Builder
 
-from fx_fusion.evaluate import Arithmetic, evaluate
-from fx_fusion.fewer_tokens import fewer_tokens
-from fx_fusion.opset import aten
-from fx_fusion.sizes import Sizes
+from fx_fusion.graph.operations import aten
+from fx_fusion.graph.sizes import Sizes
+from fx_fusion.proof.evaluate import Arithmetic, evaluate
+from fx_fusion.proof.token_reduction import fewer_tokens
 
 SEQ, HEADS, DIM = 19, 4, 8
 

@@ -7,7 +7,7 @@ import torch
 from models import FAMILIES, LAYERS, VOCABULARY, Run
 
 import fx_fusion
-from fx_fusion.probe import relative_difference
+from fx_fusion.proof.region_function import relative_difference
 
 pytestmark = pytest.mark.gpu
 

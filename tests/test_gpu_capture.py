@@ -21,13 +21,14 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import fx_fusion
-from fx_fusion.kernels import agreement, capture, reference, self_check
-from fx_fusion.kernels.capture import FirstUseInCapture
-from fx_fusion.kernels.signature import Signature
-from fx_fusion.kernels.small_problem import SmallProblem
-from fx_fusion.kernels.tuned_file import Shape
-from fx_fusion.kernels.typical_problem import typical_problem
-from fx_fusion.probe import relative_difference
+from fx_fusion.kernels import capture_guard as capture
+from fx_fusion.kernels.capture_guard import FirstUseInCapture
+from fx_fusion.kernels.measure.tuned_file import Shape
+from fx_fusion.kernels.measure.typical_problem import typical_problem
+from fx_fusion.kernels.qk_norm_rope_cache import agreement, reference, self_check
+from fx_fusion.kernels.qk_norm_rope_cache.examples import SmallProblem
+from fx_fusion.kernels.qk_norm_rope_cache.specialization import Signature
+from fx_fusion.proof.region_function import relative_difference
 
 pytestmark = pytest.mark.gpu
 
@@ -367,7 +368,7 @@ def test_compiling_in_a_capture_is_refused():
     model, generator = decoder(num_layers=1), torch.Generator().manual_seed(0)
     fused, batch = compiled(model, "triton", require=1), random_batch(model.config, generator)
     expected = copy.deepcopy(model)(batch)
-    from fx_fusion.capture.warm import refuse_compilation_in_captures
+    from fx_fusion.graph_capture.warm import refuse_compilation_in_captures
 
     refuse_compilation_in_captures()
     with pytest.raises(Exception, match=r"torch\.compile starts to compile while a graph is being captured"):

@@ -14,9 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fx_fusion
-from fx_fusion.capture import graphs, hazards
-from fx_fusion.capture.hazard_rules import devices, in_aten_graph
-from fx_fusion.opset import aten
+from fx_fusion.graph.operations import aten
+from fx_fusion.graph_capture import graphs, hazards
+from fx_fusion.graph_capture.hazard_rules import devices, in_aten_graph
 
 NO_CUDA = pytest.mark.skipif(torch.backends.cuda.is_built(), reason="about builds of PyTorch without CUDA")
 

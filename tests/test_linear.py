@@ -13,10 +13,16 @@ from torch.utils._pytree import tree_leaves
 from two_layers import Stack
 
 import fx_fusion
-from fx_fusion import evaluate, probe
-from fx_fusion.own import congruence
-from fx_fusion.patterns import cache_store, conversion, cos_sin_table, split, store_mask, written
-from fx_fusion.registry import REGISTRY
+from fx_fusion.function_fusions import equivalence as congruence
+from fx_fusion.fusion import REGISTRY
+from fx_fusion.patterns.qk_norm_rope_cache.branch import split
+from fx_fusion.patterns.qk_norm_rope_cache.branch import table_lookup as cos_sin_table
+from fx_fusion.patterns.qk_norm_rope_cache.cache_store import conversion
+from fx_fusion.patterns.qk_norm_rope_cache.cache_store import indices as cache_store
+from fx_fusion.patterns.qk_norm_rope_cache.cache_store import mask as store_mask
+from fx_fusion.patterns.qk_norm_rope_cache.cache_store import region as written
+from fx_fusion.proof import evaluate
+from fx_fusion.proof import region_function as probe
 from fx_fusion.testing import assert_fuses
 
 EVALUATING = (probe, congruence, cache_store, conversion, cos_sin_table, split, store_mask, written)

@@ -14,8 +14,8 @@ from torch import Tensor
 import fx_fusion
 from fx_fusion.config import Config
 from fx_fusion.fusion_pass import FusionPass, apply
-from fx_fusion.meanings import vllm
 from fx_fusion.mutation.mutants import capture
+from fx_fusion.semantics.libraries import vllm
 from fx_fusion.testing import assert_declines, assert_fuses, run
 
 LIBRARY = opaque_ops.register("opaque_test", {name: name for name in opaque_ops.SCHEMAS})
@@ -292,7 +292,7 @@ def test_fuel(declared, monkeypatch):
 def test_assumptions_are_in_the_report(declared):
     report = assert_fuses(Opaque(), arguments(), count=1)
     text = str(report)
-    for name in ("ir_rms_norm = fx_fusion.meanings.vllm.ir_rms_norm", "store = test_meaning.store"):
+    for name in ("ir_rms_norm = fx_fusion.semantics.libraries.vllm.ir_rms_norm", "store = test_meaning.store"):
         assert f"assumed: opaque_test::{name} (compared on cpu: " in text
     assert "opaque_test::mrope" in " ".join(json.loads(report.to_json())["layers"][0]["assumed"])
     assert fx_fusion.FusionReport.from_json(report.to_json()) == report
@@ -475,7 +475,7 @@ def test_decorator():
         with pytest.raises(ValueError, match="has a declared meaning already; remove"):
             fx_fusion.declare_meaning(OPS.rms_norm, norm)
     finally:
-        del fx_fusion.opaque.meaning.MEANINGS._declared["opaque_test::rms_norm.default"]
+        del fx_fusion.semantics.declare.MEANINGS._declared["opaque_test::rms_norm.default"]
 
 
 def test_before_the_library_is_there():

@@ -12,8 +12,8 @@ import pytest
 import two_layers
 
 import fx_fusion
-from fx_fusion.show.anatomy import Recorder
-from fx_fusion.show.page import page
+from fx_fusion.reporting.anatomy import Recorder
+from fx_fusion.reporting.html import page
 from fx_fusion.trace import explain_to
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")

@@ -15,12 +15,12 @@ from prologue import Prologue, arguments
 from torch.fx import GraphModule
 
 import fx_fusion
-from fx_fusion.builtin import QkNormRopeCache
-from fx_fusion.commands import patch
-from fx_fusion.commands.subject import Subject
-from fx_fusion.facts import Facts
+from fx_fusion.cli import patch
+from fx_fusion.cli.subject import Subject
+from fx_fusion.graph.analysis import Facts
 from fx_fusion.mutation.mutants import capture
-from fx_fusion.show.handwritten import function, operands, place, quoted, written_axes
+from fx_fusion.patterns.qk_norm_rope_cache.fusion import QkNormRopeCache
+from fx_fusion.patterns.qk_norm_rope_cache.source_text import function, operands, place, quoted, written_axes
 
 HERE = Path(__file__).parent
 

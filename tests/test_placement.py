@@ -7,9 +7,9 @@ import torch
 from prologue import SLOTS, Prologue, arguments
 
 from fx_fusion import testing
-from fx_fusion.capture import graphs
 from fx_fusion.config import Config
 from fx_fusion.fusion_pass import apply
+from fx_fusion.graph_capture import graphs
 
 POSITIONS, SLOT_MAPPING = 1, 2
 

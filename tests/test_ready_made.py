@@ -6,11 +6,11 @@ import opaque_ops
 import pytest
 import torch
 
-from fx_fusion.meanings import READY_MADE, sglang, vllm
-from fx_fusion.opaque.comparison import Comparisons
-from fx_fusion.opaque.meaning import Meaning, signature_mismatch
-from fx_fusion.opaque.meaning_trace import complete
-from fx_fusion.sizes import Sizes
+from fx_fusion.graph.sizes import Sizes
+from fx_fusion.semantics.compare import Comparisons
+from fx_fusion.semantics.declare import Meaning, signature_mismatch
+from fx_fusion.semantics.libraries import READY_MADE, sglang, vllm
+from fx_fusion.semantics.traced import complete
 
 TOKENS, HEADS, KV_HEADS, HEAD_DIM, BLOCKS, BLOCK_SIZE, GROUP = 5, 4, 2, 16, 8, 4, 4
 

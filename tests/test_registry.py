@@ -7,7 +7,7 @@ import torch
 from prologue import Prologue, arguments
 
 import fx_fusion
-from fx_fusion.registry import REGISTRY
+from fx_fusion.fusion import REGISTRY
 
 
 class Nothing:

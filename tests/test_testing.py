@@ -31,7 +31,7 @@ def test_assert_declines_shows_what_happened():
 
 def test_assert_fuses_compares_outputs_and_stores(monkeypatch):
     """A kernel that stores the wrong key is found, though the proof does not run the kernel."""
-    from fx_fusion.kernels import reference
+    from fx_fusion.kernels.qk_norm_rope_cache import reference
 
     store = reference.store
     monkeypatch.setattr(reference, "store", lambda value, *rest: store(value * 1.01, *rest))
@@ -54,7 +54,7 @@ def test_assert_equal_after_fusion_in_both_arithmetics():
 
 
 def test_float64_shows_what_rounding_hides(monkeypatch):
-    from fx_fusion.kernels import reference
+    from fx_fusion.kernels.qk_norm_rope_cache import reference
 
     store = reference.store
     monkeypatch.setattr(reference, "store", lambda value, *rest: store(value * (1 + 1e-3), *rest))
@@ -79,8 +79,8 @@ def test_mutants_of_a_users_pattern(monkeypatch):
         fx_fusion.register_fusion(pattern=patterns.rms_norm, replacement=patterns.my_rms_norm)
         tally = testing.mutants(model, args, count=25, trials=4)
         assert tally.refused and tally.right and not tally.wrong
-        monkeypatch.setattr("fx_fusion.own.search.TOLERANCE", 1.0)
-        monkeypatch.setattr("fx_fusion.own.function_fusion.TOLERANCE", 1.0)
-        monkeypatch.setattr("fx_fusion.own.function_fusion.NATIVE_TOLERANCE", {torch.float32: 1.0})
+        monkeypatch.setattr("fx_fusion.function_fusions.search.TOLERANCE", 1.0)
+        monkeypatch.setattr("fx_fusion.function_fusions.fusion.TOLERANCE", 1.0)
+        monkeypatch.setattr("fx_fusion.function_fusions.fusion.NATIVE_TOLERANCE", {torch.float32: 1.0})
         with pytest.raises(AssertionError, match="mutants that were fused wrongly"):
             testing.mutants(model, args, count=25, trials=4)

@@ -7,7 +7,7 @@ import torch
 from models import FAMILIES, LAYERS, VOCABULARY, Run
 
 import fx_fusion
-from fx_fusion.probe import relative_difference
+from fx_fusion.proof.region_function import relative_difference
 
 OPTIONS = {"fx_fusion.kernel": "reference", "fx_fusion.require": LAYERS, "fx_fusion.strict": True}
 

@@ -9,13 +9,12 @@ import sys
 import pytest
 import torch
 
-from fx_fusion import terminal, tuning
 from fx_fusion.__main__ import main
-from fx_fusion.commands import tune
-from fx_fusion.kernels import tuned
-from fx_fusion.kernels.bench import Refused
-from fx_fusion.kernels.tile import Tile, candidates, choose_tile
-from fx_fusion.kernels.tuned_file import Machine, Shape, Timing, from_json
+from fx_fusion.cli import terminal, tune
+from fx_fusion.kernels.measure import tuned, tuning
+from fx_fusion.kernels.measure.bench import Refused
+from fx_fusion.kernels.measure.tuned_file import Machine, Shape, Timing, from_json
+from fx_fusion.kernels.qk_norm_rope_cache.triton.tile import Tile, candidates, choose_tile
 
 HERE = Machine("AMD Instinct MI300X", "gfx942", "3.6.0", "0.1.5")
 SHAPE = Shape(32, 8, 128, 128, "bfloat16")

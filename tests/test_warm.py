@@ -7,8 +7,8 @@ import torch
 from prologue import Prologue, arguments
 
 import fx_fusion
-from fx_fusion.capture.warm import refuse_compilation_in_captures
-from fx_fusion.kernels.capture import FirstUseInCapture, only_warm
+from fx_fusion.graph_capture.warm import refuse_compilation_in_captures
+from fx_fusion.kernels.capture_guard import FirstUseInCapture, only_warm
 from fx_fusion.report import REPORTS
 
 OPTIONS = {"fx_fusion.kernel": "reference", "fx_fusion.inner": "eager"}

@@ -42,7 +42,7 @@ sys.path.insert(0, str(HERE.parent))
 from qwen3_vl_serving import Batch, Decoder, DecoderConfig  # noqa: E402
 
 import fx_fusion  # noqa: E402
-from fx_fusion.probe import relative_difference  # noqa: E402
+from fx_fusion.proof.region_function import relative_difference  # noqa: E402
 
 QWEN3_VL_8B = DecoderConfig(
     vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_layers=36, num_heads=32, num_kv_heads=8,

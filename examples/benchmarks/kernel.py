@@ -26,10 +26,10 @@ import torch
 import triton
 from torch import Tensor
 
-from fx_fusion.kernels import triton as kernel
-from fx_fusion.kernels import triton_launch
-from fx_fusion.kernels.cache_layout import CacheLayout
-from fx_fusion.kernels.stopwatch import microseconds
+from fx_fusion.kernels.measure.stopwatch import microseconds
+from fx_fusion.kernels.qk_norm_rope_cache.cache_layout import CacheLayout
+from fx_fusion.kernels.qk_norm_rope_cache.triton import implementation as kernel
+from fx_fusion.kernels.qk_norm_rope_cache.triton import launch as triton_launch
 
 TABLE_ROWS = 4096
 

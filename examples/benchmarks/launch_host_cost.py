@@ -27,10 +27,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from qwen3_vl_serving import Attention, DecoderConfig, MRotaryEmbedding
 
-from fx_fusion import op
-from fx_fusion.kernels import triton, triton_launch
-from fx_fusion.kernels.tuned_file import Shape
-from fx_fusion.kernels.typical_problem import typical_problem
+from fx_fusion.kernels.measure.tuned_file import Shape
+from fx_fusion.kernels.measure.typical_problem import typical_problem
+from fx_fusion.kernels.qk_norm_rope_cache import operation as op
+from fx_fusion.kernels.qk_norm_rope_cache.triton import implementation as triton
+from fx_fusion.kernels.qk_norm_rope_cache.triton import launch as triton_launch
 
 REPEATS, CALLS = 31, 200
 

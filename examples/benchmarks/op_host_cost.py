@@ -16,9 +16,9 @@ from collections.abc import Callable
 
 import torch
 
-from fx_fusion import op
-from fx_fusion.kernels import reference
-from fx_fusion.kernels.cache_layout import CacheLayout
+from fx_fusion.kernels.qk_norm_rope_cache import operation as op
+from fx_fusion.kernels.qk_norm_rope_cache import reference
+from fx_fusion.kernels.qk_norm_rope_cache.cache_layout import CacheLayout
 
 REPEATS, CALLS = 31, 200
 

@@ -22,11 +22,11 @@ from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
 from fx_fusion.config import Config
-from fx_fusion.functional import quiet
 from fx_fusion.fusion_pass import apply
+from fx_fusion.graph.nodes import value_of
+from fx_fusion.graph.tracing import quiet
 from fx_fusion.mutation.changes import propose
 from fx_fusion.mutation.region import is_store, region, tensor_of
-from fx_fusion.nodes import value_of
 from fx_fusion.report import FusionReport
 
 #: How many proposals in a row may be discarded or already seen before the graph counts as exhausted.

@@ -10,7 +10,7 @@ from launches.problem import Variant
 
 from amdgcn.aot import WAVE_SIZES
 from amdgcn.resources import SERVED, compiled, served
-from fx_fusion.kernels.tile import Tile
+from fx_fusion.kernels.qk_norm_rope_cache.triton.tile import Tile
 
 INDEX = 8  # Bytes of a position or a slot.
 

@@ -1,4 +1,4 @@
-"""A stand-in for AMD's aiter, on the CPU and as strict as the contract that kernels/aiter.py was written from.
+"""A stand-in for AMD's aiter, on the CPU and as strict as the contract that our adapter was written from.
 
 It reads and writes memory by address, as the real one does: what has another dtype than expected is garbage, not an
 error. What would end the process raises :class:`Abort`.

@@ -22,7 +22,7 @@ from launches.catalogue import VARIANTS
 from launches.checks import check, snapshot
 from launches.problem import Variant, prepare
 
-from fx_fusion.kernels import triton
+from fx_fusion.kernels.qk_norm_rope_cache.triton import implementation as triton
 
 
 def in_float32(variant: Variant) -> Variant | None:

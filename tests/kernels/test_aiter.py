@@ -11,9 +11,11 @@ import torch
 from aiter_stand_in import Aiter
 
 import fx_fusion
-from fx_fusion.kernels import aiter, aiter_arguments, self_check
-from fx_fusion.kernels.capture import FirstUseInCapture
-from fx_fusion.kernels.contract import Problem, Target
+from fx_fusion.kernels.capture_guard import FirstUseInCapture
+from fx_fusion.kernels.qk_norm_rope_cache import self_check
+from fx_fusion.kernels.qk_norm_rope_cache.aiter import arguments as aiter_arguments
+from fx_fusion.kernels.qk_norm_rope_cache.aiter import implementation as aiter
+from fx_fusion.kernels.target import Problem, Target
 
 HEADS, KV_HEADS, ROWS, BLOCKS, BLOCK_SIZE = 5, 2, 50, 4, 16
 INTERLEAVED, SECTIONED, ONE_AXIS = "interleaved", "sectioned", "one axis"
@@ -489,7 +491,7 @@ def test_triton_serves_where_it_runs(install, monkeypatch):
 
     def kernel(*operands, **options):
         served.append(options)
-        return fx_fusion.kernels.reference.qk_norm_rope_cache(*operands, **options)
+        return fx_fusion.kernels.qk_norm_rope_cache.reference.qk_norm_rope_cache(*operands, **options)
 
     monkeypatch.setattr(aiter.triton, "unavailable", lambda target: None)
     monkeypatch.setattr(aiter.triton, "qk_norm_rope_cache", kernel)
@@ -512,9 +514,9 @@ def test_finds_indices_that_do_not_count_from_the_end(install, monkeypatch, func
 
 def test_checks_any_kernel():
     """Operands that aiter does not take: rows of angles, separate scales on the device, a cache for each sequence."""
-    from fx_fusion.kernels import reference
-    from fx_fusion.kernels.cache_layout import CacheLayout
-    from fx_fusion.kernels.signature import Signature
+    from fx_fusion.kernels.qk_norm_rope_cache import reference
+    from fx_fusion.kernels.qk_norm_rope_cache.cache_layout import CacheLayout
+    from fx_fusion.kernels.qk_norm_rope_cache.specialization import Signature
 
     q, kv = torch.randn(2, 3, 5, 48), torch.randn(2, 3, 2, 48)
     cos = torch.randn(2, 3, 24)
@@ -783,7 +785,7 @@ def test_serves_where_it_is_installed(monkeypatch):
     """By its name; tests/test_dispatch.py has what `auto` prefers."""
     import test_aiter_contract
 
-    from fx_fusion import dispatch
+    from fx_fusion.kernels import dispatch
 
     served: Problem = test_aiter_contract.SERVED
     monkeypatch.setattr(aiter, "installed", lambda: None)

@@ -8,8 +8,8 @@ import importlib.metadata
 import pytest
 import torch
 
-from fx_fusion.kernels import aiter
-from fx_fusion.kernels.contract import Problem, Target, mrope_section
+from fx_fusion.kernels.qk_norm_rope_cache.aiter import implementation as aiter
+from fx_fusion.kernels.target import Problem, Target, mrope_section
 
 SERVED = Problem(
     num_heads=32, num_kv_heads=8, head_dim=128, rotary_dim=128, is_neox=True, gemma_norm=False, q_eps=1e-6, k_eps=1e-6,

@@ -6,15 +6,18 @@ import aiter_stand_in
 import pytest
 import torch
 
-from fx_fusion.kernels import aiter, bench, reference, self_check, triton
-from fx_fusion.kernels.agreement import compare
-from fx_fusion.kernels.aiter_call import Operands, Options, problem
-from fx_fusion.kernels.bench import Bench, Refused
-from fx_fusion.kernels.contract import Target
-from fx_fusion.kernels.tile import Tile, candidates, choose_tile
-from fx_fusion.kernels.triton_launch import plan, wave_size_of
-from fx_fusion.kernels.tuned_file import Shape
-from fx_fusion.kernels.typical_problem import typical_problem
+from fx_fusion.kernels.measure import bench
+from fx_fusion.kernels.measure.bench import Bench, Refused
+from fx_fusion.kernels.measure.tuned_file import Shape
+from fx_fusion.kernels.measure.typical_problem import typical_problem
+from fx_fusion.kernels.qk_norm_rope_cache import reference, self_check
+from fx_fusion.kernels.qk_norm_rope_cache.agreement import compare
+from fx_fusion.kernels.qk_norm_rope_cache.aiter import implementation as aiter
+from fx_fusion.kernels.qk_norm_rope_cache.aiter.call import Operands, Options, problem
+from fx_fusion.kernels.qk_norm_rope_cache.triton import implementation as triton
+from fx_fusion.kernels.qk_norm_rope_cache.triton.launch import plan, wave_size_of
+from fx_fusion.kernels.qk_norm_rope_cache.triton.tile import Tile, candidates, choose_tile
+from fx_fusion.kernels.target import Target
 
 CPU = torch.device("cpu")
 LARGE = Shape(32, 8, 128, 128, "bfloat16")

@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fx_fusion
-from fx_fusion import op
-from fx_fusion.kernels.cache_layout import CacheLayout
+from fx_fusion.kernels.qk_norm_rope_cache import operation as op
+from fx_fusion.kernels.qk_norm_rope_cache.cache_layout import CacheLayout
 
 
 def oracle_head(x, weight, eps, gemma, cos, sin, rotary_dim, is_neox):

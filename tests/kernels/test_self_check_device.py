@@ -7,8 +7,10 @@ from launches.catalogue import VARIANTS
 from launches.places import on
 from launches.problem import prepare
 
-from fx_fusion.kernels import aiter, self_check, triton
-from fx_fusion.kernels.signature import Signature
+from fx_fusion.kernels.qk_norm_rope_cache import self_check
+from fx_fusion.kernels.qk_norm_rope_cache.aiter import implementation as aiter
+from fx_fusion.kernels.qk_norm_rope_cache.specialization import Signature
+from fx_fusion.kernels.qk_norm_rope_cache.triton import implementation as triton
 
 pytestmark = pytest.mark.gpu
 

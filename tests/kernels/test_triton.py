@@ -10,9 +10,9 @@ from launches.places import bring_back, on
 from launches.problem import Prepared, Variant, prepare
 
 import fx_fusion
-from fx_fusion.kernels import triton
-from fx_fusion.kernels.tile import Tile, choose_tile, tile_for_any
-from fx_fusion.kernels.triton_launch import converts_float8, plan
+from fx_fusion.kernels.qk_norm_rope_cache.triton import implementation as triton
+from fx_fusion.kernels.qk_norm_rope_cache.triton.launch import converts_float8, plan
+from fx_fusion.kernels.qk_norm_rope_cache.triton.tile import Tile, choose_tile, tile_for_any
 
 
 def launch(prepared: Prepared, **changed: object) -> None:

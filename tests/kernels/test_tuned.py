@@ -7,11 +7,11 @@ import json
 import pytest
 import torch
 
-from fx_fusion.kernels import tuned
-from fx_fusion.kernels.cache_layout import CacheLayout
-from fx_fusion.kernels.tile import Tile, candidates, choose_tile
-from fx_fusion.kernels.triton_launch import plan
-from fx_fusion.kernels.tuned_file import VERSION, Machine, Shape, Timing, Tuned, from_json, to_json
+from fx_fusion.kernels.measure import tuned
+from fx_fusion.kernels.measure.tuned_file import VERSION, Machine, Shape, Timing, Tuned, from_json, to_json
+from fx_fusion.kernels.qk_norm_rope_cache.cache_layout import CacheLayout
+from fx_fusion.kernels.qk_norm_rope_cache.triton.launch import plan
+from fx_fusion.kernels.qk_norm_rope_cache.triton.tile import Tile, candidates, choose_tile
 
 HERE = Machine("AMD Instinct MI300X", "gfx942", "3.6.0", "0.1.5")
 SHAPE = Shape(32, 8, 128, 128, "bfloat16")

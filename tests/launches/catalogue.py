@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fx_fusion.kernels.tile import Tile, choose_tile
+from fx_fusion.kernels.qk_norm_rope_cache.triton.tile import Tile, choose_tile
 from launches.problem import Variant
 
 E4M3FN, E4M3FNUZ, E5M2 = torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2

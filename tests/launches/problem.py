@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fx_fusion.kernels import triton
-from fx_fusion.kernels.cache_layout import CacheLayout
-from fx_fusion.kernels.tile import Tile, choose_tile
-from fx_fusion.kernels.triton_launch import Launch, plan
+from fx_fusion.kernels.qk_norm_rope_cache.cache_layout import CacheLayout
+from fx_fusion.kernels.qk_norm_rope_cache.triton import implementation as triton
+from fx_fusion.kernels.qk_norm_rope_cache.triton.launch import Launch, plan
+from fx_fusion.kernels.qk_norm_rope_cache.triton.tile import Tile, choose_tile
 
 BLOCKS, BLOCK_SIZE = 3, 16
 TABLE_ROWS = 40

@@ -13,7 +13,7 @@ from prologue import EPS, HEAD_DIM, HIDDEN, NUM_HEADS, NUM_KV_HEADS, SLOTS, Join
 from torch import nn
 
 import fx_fusion
-from fx_fusion.meanings import sglang, vllm
+from fx_fusion.semantics.libraries import sglang, vllm
 
 Case = tuple[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]]
 CASES: dict[str, Callable[[], Case]] = {}

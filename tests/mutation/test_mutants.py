@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fx_fusion import opset
+from fx_fusion.graph import operations as opset
 from fx_fusion.mutation.mutants import rewritten
 from fx_fusion.mutation.oracle import judge
-from fx_fusion.patterns import qk_norm_rope_cache, rotated_heads
+from fx_fusion.patterns.qk_norm_rope_cache import match as qk_norm_rope_cache
+from fx_fusion.patterns.qk_norm_rope_cache.branch import rotated_heads
 from mutation import campaign
 from mutation.corpus import CASES
 

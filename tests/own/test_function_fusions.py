@@ -371,7 +371,7 @@ def test_several_patterns_are_alternatives():
 
 
 def test_as_a_decorator_and_scoped():
-    names = lambda: [fusion.name for fusion in fx_fusion.registry.REGISTRY]  # noqa: E731
+    names = lambda: [fusion.name for fusion in fx_fusion.fusion.REGISTRY]  # noqa: E731
     before = names()
     with fx_fusion.fusions("qk_norm_rope_cache"):
 

@@ -7,7 +7,7 @@ import torch
 from torch.fx import Graph
 
 from fx_fusion.decline import Decline
-from fx_fusion.patterns.split import Heads, expected_columns, read_heads, take_heads
+from fx_fusion.patterns.qk_norm_rope_cache.branch.split import Heads, expected_columns, read_heads, take_heads
 
 DATA = Graph().placeholder("data")
 

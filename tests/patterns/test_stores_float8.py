@@ -10,9 +10,9 @@ from prologue import HEAD_DIM, NUM_KV_HEADS, SLOTS, Prologue, arguments
 
 from fx_fusion import placement
 from fx_fusion.decline import Decline
-from fx_fusion.kernels import reference
+from fx_fusion.kernels.qk_norm_rope_cache import reference
 from fx_fusion.mutation.mutants import capture
-from fx_fusion.patterns import conversion
+from fx_fusion.patterns.qk_norm_rope_cache.cache_store import conversion
 from fx_fusion.testing import assert_declines, run
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2

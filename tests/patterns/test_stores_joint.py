@@ -10,7 +10,7 @@ from prologue import HEAD_DIM, HIDDEN, NUM_HEADS, NUM_KV_HEADS, SLOTS, Joint, Pr
 from torch import nn
 
 from fx_fusion.config import Config
-from fx_fusion.show.anatomy import Recorder
+from fx_fusion.reporting.anatomy import Recorder
 from fx_fusion.testing import assert_declines, assert_fuses, run
 from fx_fusion.trace import explain_to
 

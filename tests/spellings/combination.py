@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fx_fusion.probe import relative_difference
+from fx_fusion.proof.region_function import relative_difference
 from fx_fusion.report import FusionReport
 from fx_fusion.testing import TOLERANCE, Outcome, run
 from spellings.alternatives import AXES, Alternative, Model

@@ -1,0 +1,1 @@
+"""One FX graph, read and edited; imports nothing above it."""

@@ -1,0 +1,44 @@
+"""A graph after its rewrites: in order again, without what they made dead or twice."""
+
+from __future__ import annotations
+
+from torch.fx import Graph
+
+from fx_fusion.graph import operations as opset
+from fx_fusion.graph.analysis import Facts
+from fx_fusion.graph.edit import EMITTED
+from fx_fusion.graph.operations import aten, prims
+
+#: What a rewrite computes indices with where the graph does not hold them.
+_INDEX_ARITHMETIC = (prims.iota.default, aten.add.Tensor, aten.lt.Scalar, aten.where.self, aten.full.default)
+
+
+def sort(graph: Graph) -> None:
+    """Restore the topological order."""
+    from torch._inductor.pattern_matcher import stable_topological_sort
+
+    stable_topological_sort(graph)
+
+
+def finish(graph: Graph) -> None:
+    """Restore the topological order, and drop what the calls made dead."""
+    sort(graph)
+    _share_views(graph)
+    for node in reversed(list(graph.nodes)):
+        if (
+            node.op == "call_function"
+            and not node.users
+            and not node.is_impure()
+            and node.target is not aten.copy_.default
+        ):
+            graph.erase_node(node)
+    graph.lint()
+
+
+def _share_views(graph: Graph) -> None:
+    """Views that the calls of several layers need alike become one, so that what they view is computed once."""
+    facts = Facts(graph)
+    for node in facts.nodes:
+        shared = node.target in opset.VIEW or node.target in _INDEX_ARITHMETIC
+        if node.meta.get(EMITTED) and shared and facts.canonical(node) is not node:
+            node.replace_all_uses_with(facts.canonical(node))

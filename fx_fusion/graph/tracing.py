@@ -1,0 +1,156 @@
+"""A plain PyTorch function as a functional ATen graph, the way Inductor's pipeline would write it.
+
+In-place changes of arguments become further results; a mutable custom operation becomes ``auto_functionalized``; a
+Triton kernel inside ``torch.library.triton_op`` becomes a launch that Inductor makes itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._dispatch.python import enable_python_dispatcher
+from torch._guards import tracing
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_aggregate
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
+
+from fx_fusion.graph.nodes import value_of
+
+
+class NotTraceable(Exception):
+    """The function cannot be written as a graph of these tensors; the message says why."""
+
+
+@dataclass(frozen=True, eq=False)
+class Functional:
+    """
+    Attributes:
+        module: owns ``graph``; its placeholders are the tensors, in order.
+        inputs: the placeholder of each tensor parameter.
+        results: what the function returns, flattened, then each changed argument as it is afterwards. No node twice.
+        returned: for each returned tensor, its place in `results`.
+        mutated: for each changed parameter, its place in `results`.
+    """
+
+    module: GraphModule
+    inputs: dict[str, Node]
+    results: tuple[Node, ...]
+    returned: tuple[int, ...]
+    mutated: dict[str, int]
+
+    @property
+    def graph(self) -> Graph:
+        return self.module.graph
+
+    @property
+    def nodes(self) -> list[Node]:
+        return [node for node in self.module.graph.nodes if node.op == "call_function"]
+
+
+def trace(fn: Callable[..., Any], tensors: Mapping[str, torch.Tensor], others: Mapping[str, Any]) -> Functional:
+    """`fn` called with fake `tensors` (all of one fake mode) and with `others`, all by name.
+
+    Raises:
+        NotTraceable: `fn` raised, returns something else than tensors, returns an argument as it came, or uses a tensor
+            that is no parameter.
+    """
+    names = list(tensors)
+    seen: dict[str, Any] = {}
+
+    def functionalised(*fakes: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        with FunctionalTensorMode():
+            wrapped = [FunctionalTensor.to_functional(fake) for fake in fakes]
+            result = fn(**dict(zip(names, wrapped, strict=True)), **others)
+            leaves = [leaf for leaf in pytree.tree_leaves(result) if leaf is not None]
+            seen["leaves"] = leaves
+            return [_unwrap(leaf) for leaf in leaves if isinstance(leaf, FunctionalTensor)], list(map(_unwrap, wrapped))
+
+    try:
+        with _tracing(tensors) as decompositions:
+            module = make_fx(functionalised, decomposition_table=decompositions, tracing_mode="real")(*tensors.values())
+    except Exception as error:
+        raise NotTraceable(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
+    strangers = [leaf for leaf in seen["leaves"] if not isinstance(leaf, FunctionalTensor)]
+    if strangers:
+        raise NotTraceable(f"it returns {strangers[0]!r}; expected tensors")
+    for node in module.graph.nodes:
+        if node.op == "call_function" and "val" not in node.meta:
+            with _tracing(tensors):
+                node.meta["val"] = _fake_run(node)
+    return _functional(module, names)
+
+
+def _fake_run(node: Node) -> Any:
+    """The fake value of an operation that PyTorch leaves without one, because it returns nothing of its own."""
+    args, kwargs = map_aggregate((node.args, node.kwargs), value_of)
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+@contextlib.contextmanager
+def quiet() -> Generator[None]:
+    """PyTorch logs a traceback for every operation that refuses its operands: here that is nothing unusual."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before = log.disabled
+    log.disabled = True
+    try:
+        yield
+    finally:
+        log.disabled = before
+
+
+def fakes_like(shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[str, torch.Tensor]:
+    """Fake CPU tensors of these shapes and dtypes."""
+    with _disable_current_modes(), FakeTensorMode(allow_non_fake_inputs=True):
+        return {name: torch.empty(shape, dtype=dtype, device="cpu") for name, (shape, dtype) in shapes.items()}
+
+
+def _unwrap(tensor: Any) -> torch.Tensor:
+    torch._sync(tensor)
+    return torch._from_functional_tensor(tensor.elem)
+
+
+@contextlib.contextmanager
+def _tracing(tensors: Mapping[str, torch.Tensor]) -> Generator[Any]:
+    from torch._inductor.decomposition import select_decomp_table
+
+    mode = next(tensor.fake_mode for tensor in tensors.values() if isinstance(tensor, FakeTensor))
+    with quiet(), _disable_current_modes(), mode, enable_python_dispatcher(), torch.no_grad(), tracing(None):
+        yield select_decomp_table()
+
+
+def _functional(module: GraphModule, names: list[str]) -> Functional:
+    graph = module.graph
+    constant = next((node for node in graph.nodes if node.op == "get_attr" and _is_tensor(module, node)), None)
+    if constant is not None:
+        raise NotTraceable("it uses a tensor that is no parameter; make it one")
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    inputs = dict(zip(names, placeholders, strict=True))
+    output: Any = graph.output_node().args[0]
+    returned, after = output
+    plain = next((node for node in returned if node in placeholders), None)
+    if plain is not None:
+        raise NotTraceable(f"it returns its argument {names[placeholders.index(plain)]!r} as it came")
+    changed = {name: node for name, node in zip(names, after, strict=True) if node is not inputs[name]}
+    results = list(dict.fromkeys([*returned, *changed.values()]))
+    if not results:
+        raise NotTraceable("it returns nothing and changes no argument")
+    return Functional(
+        module,
+        inputs,
+        tuple(results),
+        tuple(results.index(node) for node in returned),
+        {name: results.index(node) for name, node in changed.items()},
+    )
+
+
+def _is_tensor(module: GraphModule, node: Node) -> bool:
+    return isinstance(getattr(module, str(node.target), None), torch.Tensor)

@@ -1,0 +1,1 @@
+"""Does a region compute what a reference computes?"""

@@ -1,0 +1,127 @@
+"""A declared meaning as ATen operations: traced on fake tensors, functionalised, in Inductor's decompositions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.func import functionalize
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from fx_fusion.graph.operations import aten
+from fx_fusion.semantics.declare import arrange, call_meaning
+
+
+class NoMeaning(Exception):
+    """The function cannot stand for the operation; the message says why."""
+
+
+@dataclass(frozen=True)
+class TracedMeaning:
+    """``graph`` computes the operation's results, then the new values of what it writes.
+
+    Its placeholders are the tensors and symbolic sizes among the arguments, in order (see :func:`leaves`).
+    """
+
+    module: GraphModule
+    outputs: tuple[Any, ...]
+    """For each result a node of the graph, or None."""
+
+    @property
+    def strided(self) -> bool:
+        """Whether it names places in memory: then it holds for tensors that begin where those it was traced with do."""
+        return any("strided" in str(node.target) for node in self.module.graph.nodes)
+
+
+def trace(
+    fn: Callable[..., Any],
+    op: torch._ops.OpOverload,
+    arguments: Mapping[str, Any],
+    written: Sequence[str],
+) -> TracedMeaning:
+    """Trace ``fn(**arguments)``. It writes its arguments as the operation does, and returns what the operation returns.
+
+    Args:
+        arguments: fake tensors, symbolic sizes and literals, by their names in the schema.
+        written: which of them the operation writes.
+
+    Raises:
+        NoMeaning: `fn` raises, writes something else, holds a tensor of its own, or returns something else.
+    """
+    flat, spec = pytree.tree_flatten(dict(arguments))
+    places = [i for i, value in enumerate(flat) if is_input(value)]
+    mode = next((flat[i].fake_mode for i in places if isinstance(flat[i], FakeTensor)), None)
+    if mode is None:
+        raise NoMeaning("none of its arguments is a tensor")
+
+    def run(*inputs: Any) -> Any:
+        values = list(flat)
+        for place, value in zip(places, inputs, strict=True):
+            values[place] = value
+        given = pytree.tree_unflatten(values, spec)
+        results = call_meaning(fn, op, given)
+        return results, [given[name] for name in written]
+
+    module = _make_fx(run, mode, [flat[i] for i in places])
+    results, after = module.graph.output_node().args[0], len(written)
+    outputs = tuple(pytree.tree_leaves(results, is_leaf=lambda value: value is None or isinstance(value, Node)))
+    names = [name for name, value in arguments.items() for leaf in pytree.tree_leaves(value) if is_input(leaf)]
+    _clean(module, names, written)
+    expected = len(op._schema.returns) + after
+    if len(outputs) != expected + (0 if op._schema.returns else 1) and len(outputs) != expected:
+        raise NoMeaning(f"it returns {len(outputs) - after} values, the operation {len(op._schema.returns)}")
+    return TracedMeaning(module, outputs if op._schema.returns else (None, *outputs[len(outputs) - after :]))
+
+
+def complete(op: torch._ops.OpOverload, given: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments of `op` by name, in the schema's order."""
+    return arrange(op, given, by_name=True)[1]
+
+
+def is_input(value: Any) -> bool:
+    return isinstance(value, (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool))
+
+
+def _make_fx(run: Callable[..., Any], mode: FakeTensorMode, inputs: Sequence[Any]) -> GraphModule:
+    from torch._inductor.decomposition import select_decomp_table
+
+    table = {**select_decomp_table(), aten.copy.default: _copied}
+    separate = [value.detach() if isinstance(value, torch.Tensor) else value for value in inputs]
+    try:
+        with mode, torch.no_grad():
+            return make_fx(functionalize(run, remove="mutations"), decomposition_table=table)(*separate)
+    except Exception as error:
+        raise NoMeaning(f"it raises {type(error).__name__}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "")
+
+
+def _copied(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+    """``target.copy_(source)`` is the source, in the target's shape and dtype."""
+    if source.dtype != target.dtype:
+        source = source.to(target.dtype)
+    return source if source.shape == target.shape else source.expand_as(target)
+
+
+def _clean(module: GraphModule, names: Sequence[str], written: Sequence[str]) -> None:
+    """Drop copies back into written arguments, and what is dead. Placeholder i belongs to the argument `names[i]`."""
+    graph = module.graph
+    name_of = dict(zip(graph.find_nodes(op="placeholder"), names, strict=True))
+    for node in list(graph.nodes):
+        if node.op == "get_attr":
+            raise NoMeaning("it uses a tensor that is not an argument; pass it, or compute it (torch.arange)")
+        if node.target is aten.copy_.default and node.args[0] in name_of:
+            if name_of[node.args[0]] not in written:
+                raise NoMeaning(f"it writes {name_of[node.args[0]]!r}, which the operation does not")
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+    impure = next((node for node in graph.nodes if node.op == "call_function" and node.is_impure()), None)
+    if impure is not None:
+        raise NoMeaning(f"it has a side effect: {impure.target}")

@@ -1,0 +1,1 @@
+"""Measurements of kernels on this machine, and the file that keeps them."""

@@ -1,0 +1,1 @@
+"""SwiGLU: the operation and its Triton kernel."""

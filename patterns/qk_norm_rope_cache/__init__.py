@@ -1,0 +1,1 @@
+"""split → rmsnorm → mrope → cache-store: found, read, proved and lowered to one call."""

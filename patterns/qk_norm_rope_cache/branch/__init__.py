@@ -1,0 +1,1 @@
+"""Heads of a projection, normalised and rotated: one reader a property."""

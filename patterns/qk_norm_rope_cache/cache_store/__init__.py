@@ -1,0 +1,1 @@
+"""What is stored where in a KV cache: one reader a property."""
