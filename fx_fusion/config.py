@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from fx_fusion.kernels.dispatch import NAMES
+from fx_fusion.kernels.operation import kernel_names
 from fx_fusion.kernels.target import Target
 
 PREFIX = "fx_fusion."
@@ -39,7 +39,7 @@ class Config:
     target: str | None = None
 
     def __post_init__(self) -> None:
-        _one_of("kernel", self.kernel, NAMES)
+        _one_of("kernel", self.kernel, kernel_names())
         _one_of("inner", self.inner, INNER)
         if self.mode is not None:
             _one_of("mode", self.mode, MODES)
@@ -82,8 +82,10 @@ def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
 def kernel_from_environment() -> str:
     """``FX_FUSION_KERNEL``: the kernel where no option names one."""
     name = os.environ.get("FX_FUSION_KERNEL") or "auto"
-    if name not in NAMES:
-        raise OptionError(f"the environment variable FX_FUSION_KERNEL must be one of {', '.join(NAMES)}, got {name!r}")
+    if name not in kernel_names():
+        raise OptionError(
+            f"the environment variable FX_FUSION_KERNEL must be one of {', '.join(kernel_names())}, got {name!r}"
+        )
     return name
 
 

@@ -22,13 +22,13 @@ from torch.utils._python_dispatch import _disable_current_modes
 from fx_fusion import config as configuration
 from fx_fusion.config import Config
 from fx_fusion.decline import Decline, first_source_line, module_path, reaching
+from fx_fusion.fingerprint import Unreadable, fingerprint
 from fx_fusion.fusion import REGISTRY, Fusion
 from fx_fusion.graph import tidy
 from fx_fusion.graph.analysis import Facts
-from fx_fusion.kernels.dispatch import KernelUnavailable
 from fx_fusion.kernels.measure import tuned
+from fx_fusion.kernels.operation import OPERATIONS, KernelUnavailable
 from fx_fusion.kernels.target import Target
-from fx_fusion.kernels.versions import aiter_version, triton_version
 from fx_fusion.observer import NOBODY, Observer
 from fx_fusion.report import REPORTS, FusionReport, LayerReport
 from fx_fusion.semantics.declare import MEANINGS
@@ -66,13 +66,11 @@ class FusionPass(_Base):
     def uuid(self) -> Any:
         """Changes with everything that the result depends on; None (no caching) while that cannot be told."""
         before = self._before.uuid() if self._before is not None else ()
-        registered = REGISTRY.fingerprint()
-        declared = MEANINGS.fingerprint()
-        if before is None or registered is None or declared is None or configuration.fuel() is not None:
+        registered, kernels, declared = REGISTRY.fingerprint(), _kernels_fingerprint(), MEANINGS.fingerprint()
+        if None in (before, registered, kernels, declared) or configuration.fuel() is not None:
             return None
-        versions = triton_version(), aiter_version()
         settings = repr(self._config), configuration.disabled(), tuned.fingerprint()
-        return ("fx_fusion", _source_hash(), versions, registered, declared, settings, before)
+        return ("fx_fusion", _source_hash(), kernels, registered, declared, settings, before)
 
 
 def _call(graph_pass: Any, graph: Graph, is_inference: bool | None) -> None:
@@ -81,6 +79,15 @@ def _call(graph_pass: Any, graph: Graph, is_inference: bool | None) -> None:
             each(graph, is_inference)
         else:
             each(graph)
+
+
+def _kernels_fingerprint() -> tuple[tuple[str, str | None, str], ...] | None:
+    """Name, version and code of every kernel of every operation; None if some code cannot be read."""
+    kernels = [each for operation in OPERATIONS.values() for each in operation]
+    try:
+        return tuple((each.name, each.version(), fingerprint(each)) for each in kernels)
+    except Unreadable:
+        return None
 
 
 def _saves_for_backward(graph: Graph) -> bool:
