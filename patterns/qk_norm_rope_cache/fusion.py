@@ -33,7 +33,7 @@ from fx_fusion.placement import (
     check_sources,
     check_storage,
 )
-from fx_fusion.semantics.declare import WITHOUT_STORE
+from fx_fusion.semantics.meaning import WITHOUT_STORE
 
 
 class QkNormRopeCache:
