@@ -9,6 +9,8 @@ from pathlib import Path
 import networkx as nx
 import pytest
 
+from fx_fusion.decline import CODES
+
 ROOT = Path(__file__).parents[1]
 
 #: Rooms of the package (modules and packages at its root), the lowest first. A room imports from lower layers only;
@@ -92,3 +94,10 @@ def test_the_package_is_imported_by_its_full_name():
     for module in MODULES:
         strange = [imported for imported, _ in _imports(module) if imported.split(".")[0] in ("kernels", "patterns")]
         assert not strange, f"{module} imports {strange}"
+
+
+@pytest.mark.parametrize("module", ["fusion", "fusion_pass", "report", "observer", "trace", "backend"])
+def test_the_engine_names_no_code_of_a_fusion(module):
+    source = MODULES[f"fx_fusion.{module}"].read_text()
+    named = [code for code in CODES if f'"{code}"' in source]
+    assert {code.split(".")[0] for code in named} <= {"graph", "report", "internal"}, named

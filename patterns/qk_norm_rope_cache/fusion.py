@@ -8,6 +8,7 @@ import torch
 from torch.fx import Graph, Node
 
 from fx_fusion.decline import Decline
+from fx_fusion.fusion import Assessment, Fusion, NodeRole
 from fx_fusion.graph import operations as opset
 from fx_fusion.graph.analysis import Facts
 from fx_fusion.graph.custom_calls import operation
@@ -22,7 +23,7 @@ from fx_fusion.patterns.qk_norm_rope_cache import match as pattern
 from fx_fusion.patterns.qk_norm_rope_cache.branch.split import Heads
 from fx_fusion.patterns.qk_norm_rope_cache.cache_store.addresses import Addresses, layout
 from fx_fusion.patterns.qk_norm_rope_cache.match import Candidate, Match, Stored
-from fx_fusion.patterns.qk_norm_rope_cache.roles import Part, parts
+from fx_fusion.patterns.qk_norm_rope_cache.roles import parts
 from fx_fusion.placement import (
     check_cache_address,
     check_convex,
@@ -36,26 +37,24 @@ from fx_fusion.placement import (
 from fx_fusion.semantics.meaning import WITHOUT_STORE
 
 
-class QkNormRopeCache:
+class QkNormRopeCache(Fusion[Candidate, Match]):
     """The built-in fusion, as the registry knows it; ``match.py`` shows before and after."""
 
     name = "qk_norm_rope_cache"
 
     def find(self, facts: Facts) -> tuple[list[Candidate], list[Decline]]:
-        candidates, declined = pattern.find(facts)
-        if not candidates and not declined:
-            declined = [_no_store(facts)]
-        return candidates, declined
+        return pattern.find(facts)
+
+    def absent(self, facts: Facts) -> Decline:
+        return _no_store(facts)
 
     def read(self, facts: Facts, candidate: Candidate, memo: dict[object, Any]) -> Match:
         return pattern.read(facts, candidate, memo)
 
-    def describe(self, match: Match) -> tuple[str, dict[str, Any], float]:
-        facts = _facts(match, _problem(match))
-        return _words(facts), facts, match.error
-
-    def eligible(self, match: Match) -> dict[str, str | None]:
-        return dispatch.eligibility(_problem(match))
+    def assess(self, match: Match) -> Assessment:
+        problem = _problem(match)
+        facts = _facts(match, problem)
+        return Assessment(_words(facts), facts, match.error, dispatch.eligibility(problem))
 
     def choose(self, match: Match, kernel: str, target: Target) -> str:
         return dispatch.choose(kernel, _problem(match), target)
@@ -75,14 +74,17 @@ class QkNormRopeCache:
         check_old_cache(facts, stores, match.operands)
 
     def stores(self, match: Match) -> tuple[list[Node], set[Node]]:
-        """What writes the caches, and all that a call replaces."""
         stores = [match.key_store.store, match.value_store.store]
         scatters = [scatter for store in stores for scatter in store.scatters]
         return [store.writer for store in stores], {*match.results, *scatters}
 
-    def parts(self, facts: Facts, match: Match) -> dict[Node, Part]:
-        """The part that each node plays, for ``explain``."""
+    def roles(self, facts: Facts, match: Match) -> dict[Node, NodeRole]:
         return parts(facts, match)
+
+    def region(self, facts: Facts, candidate: Candidate, fault: Node | None) -> list[Node]:
+        writers = [store.writer for store in candidate.stores]
+        ends = [node for node in (candidate.anchor, fault, *writers) if node is not None]
+        return [*facts.between(candidate.origin, ends), *ends]
 
     def rewrite(self, graph: Graph, match: Match, kernel: str) -> None:
         _rewrite.rewrite(graph, match, kernel)
