@@ -89,6 +89,12 @@ CODES: dict[str, str] = {
     "internal.error": "A reader raised an unexpected exception.",
 }
 
+#: Codes of a graph as a whole, in which nothing was looked for, or in which there is nothing to fuse.
+IDLE = frozenset({"graph.training", "graph.disabled", "store.missing", "report.missing"})
+
+#: Codes that tell no more than that an operation is opaque: left out where it is told why that one is.
+OPAQUE = frozenset({"store.unknown_writer"})
+
 #: How far a region got, in order; of several attempts the report shows the one that got furthest.
 STAGES = (
     "graph",

@@ -1,12 +1,14 @@
-"""The fusions that a pass applies. The built-in one enters as any other does."""
+"""What a fusion is, and the registry of those that a pass applies. The built-in one enters as any other does."""
 
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, TypeVar
 
-from torch.fx import Graph
+from torch.fx import Graph, Node
 
 from fx_fusion.decline import Decline
 from fx_fusion.fingerprint import Unreadable, fingerprint
@@ -14,51 +16,118 @@ from fx_fusion.graph.analysis import Facts
 from fx_fusion.kernels.target import Target
 
 
-class Fusion(Protocol):
-    """What can be fused: finding is structural, reading proves, rewriting changes the graph.
+class Candidate(Protocol):
+    """A place of a graph where a fusion could be. Reports name it by `anchor`."""
 
-    A match is whatever `read` returns; it goes unchanged to the other methods. None keeps state between calls.
+    @property
+    def anchor(self) -> Node: ...
+
+
+C = TypeVar("C", bound=Candidate)
+M = TypeVar("M")
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """What one match comes to.
+
+    Attributes:
+        words: what was read off, for people.
+        reading: the same for programs.
+        error: largest relative difference to the replacement that the proof found.
+        eligible: for each fast kernel, what it objects to, wherever it may run; None for nothing.
     """
 
-    name: str
+    words: str
+    reading: dict[str, Any]
+    error: float
+    eligible: dict[str, str | None] = field(default_factory=dict[str, "str | None"])
 
-    def find(self, facts: Facts) -> tuple[list[Any], list[Decline]]:
-        """Candidates in graph order (each with an ``anchor`` node), and what can be none."""
-        ...
 
-    def read(self, facts: Facts, candidate: Any, memo: dict[object, Any]) -> Any:
+@dataclass(frozen=True)
+class NodeRole:
+    """What one node is in a layer.
+
+    Attributes:
+        role: ``data``, ``split``, ``norm``, ``rope``, ``store``, ``lookup`` (angles from their table) or ``operand``.
+        branch: ``q``, ``k``, ``v``, or empty for what they share.
+        finding: what a reader read off this very node.
+    """
+
+    role: str
+    branch: str = ""
+    finding: str | None = None
+
+
+class Fusion(ABC, Generic[C, M]):
+    """What can be fused: finding is structural, reading proves, rewriting changes the graph.
+
+    `C` is what `find` returns, `M`, a match, what `read` returns; it goes unchanged to the other methods. None keeps
+    state between calls. In order, and each once a candidate: read, assess, check, stores, choose, rewrite.
+    """
+
+    #: In reports, and where fusions are chosen by name.
+    name: str = ""
+
+    @abstractmethod
+    def find(self, facts: Facts) -> tuple[list[C], list[Decline]]:
+        """Candidates in graph order, and what can be none."""
+
+    @abstractmethod
+    def read(self, facts: Facts, candidate: C, memo: dict[object, Any]) -> M:
         """A proved match. Raises Decline. `memo` is one dict a graph, for work that equal layers share."""
-        ...
 
-    def describe(self, match: Any) -> tuple[str, dict[str, Any], float]:
-        """For the report: in words, as data, and the proof's error."""
-        ...
+    @abstractmethod
+    def assess(self, match: M) -> Assessment:
+        """For the report. Raises Decline where a reader stops only now."""
 
-    def eligible(self, match: Any) -> dict[str, str | None]:
-        """For each fast kernel: what it objects to, wherever it may run; None for nothing."""
-        ...
+    @abstractmethod
+    def check(self, facts: Facts, match: M) -> None:
+        """Raises Decline if the rewrite would not be safe where the match stands."""
 
-    def choose(self, match: Any, kernel: str, target: Target) -> str:
+    @abstractmethod
+    def choose(self, match: M, kernel: str, target: Target) -> str:
         """What is to be called on `target` where the option ``fx_fusion.kernel`` is `kernel`.
 
         Raises Decline where the match is to be reported and left alone, KernelUnavailable where a kernel was asked for
         by name and cannot serve.
         """
-        ...
 
-    def check(self, facts: Facts, match: Any) -> None:
-        """Raises Decline if the rewrite would not be safe where the match stands."""
-        ...
-
-    def rewrite(self, graph: Graph, match: Any, kernel: str) -> None:
+    @abstractmethod
+    def rewrite(self, graph: Graph, match: M, kernel: str) -> None:
         """Put a call of `kernel`, as `choose` named it, in the place of the match."""
-        ...
+
+    # --- what a fusion may leave as it is -----------------------------------------------------------------------------
+
+    @property
+    def identity(self) -> Any:
+        """What compile caches must know of it; by default its class and its attributes."""
+        return self
+
+    def absent(self, facts: Facts) -> Decline | None:
+        """What to say of a graph where nothing was found; None for nothing. It is told where no fusion says more."""
+        return None
+
+    def stores(self, match: M) -> tuple[list[Node], set[Node]]:
+        """What writes caches, and all that a call replaces; nothing for a fusion that stores nothing."""
+        return [], set()
+
+    def roles(self, facts: Facts, match: M) -> dict[Node, NodeRole]:
+        """The role of each node of the match, for ``explain``; empty if there is nothing to tell."""
+        return {}
+
+    def region(self, facts: Facts, candidate: C, fault: Node | None) -> list[Node]:
+        """What ``explain`` shows of a candidate that has no roles; `fault` is the node that a decline is about."""
+        return [candidate.anchor, *([] if fault is None else [fault])]
+
+
+AnyFusion = Fusion[Any, Any]
 
 
 class Handle:
     """A registration; `remove` ends it."""
 
-    def __init__(self, fusions: list[Fusion], fusion: Fusion) -> None:
+    def __init__(self, fusions: list[AnyFusion], fusion: AnyFusion) -> None:
         self._fusions = fusions
         self.fusion = fusion
 
@@ -72,12 +141,12 @@ class Registry:
     """Fusions in the order in which they are tried."""
 
     def __init__(self) -> None:
-        self._fusions: list[Fusion] = []
+        self._fusions: list[AnyFusion] = []
 
-    def __iter__(self) -> Iterator[Fusion]:
+    def __iter__(self) -> Iterator[AnyFusion]:
         return iter(tuple(self._fusions))
 
-    def add(self, fusion: Fusion) -> Handle:
+    def add(self, fusion: AnyFusion) -> Handle:
         check_fusion(fusion)
         if any(known.name == fusion.name for known in self._fusions):
             raise ValueError(
@@ -86,31 +155,25 @@ class Registry:
         self._fusions.append(fusion)
         return Handle(self._fusions, fusion)
 
-    def replace(self, fusions: Iterable[Fusion]) -> None:
+    def replace(self, fusions: Iterable[AnyFusion]) -> None:
         """Have exactly these, in this order."""
         self._fusions[:] = fusions
 
     def fingerprint(self) -> str | None:
         """Changes whenever a registered fusion's code does; None if some code cannot be read."""
         try:
-            parts = [fingerprint(getattr(fusion, "identity", fusion)) for fusion in self]
+            parts = [fingerprint(fusion.identity) for fusion in self]
         except Unreadable:
             return None
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def check_fusion(fusion: Any) -> None:
-    if not isinstance(getattr(fusion, "name", None), str):
-        raise TypeError(f"register_fusion: expected a Fusion with a string attribute 'name', got {fusion!r}")
-    missing = [method for method in _methods() if not callable(getattr(fusion, method, None))]
-    if missing:
-        raise TypeError(
-            f"register_fusion: fusion {fusion.name!r} lacks {', '.join(missing)}; see fx_fusion.fusion.Fusion"
-        )
-
-
-def _methods() -> Iterable[str]:
-    return ("find", "read", "describe", "eligible", "choose", "check", "rewrite")
+def check_fusion(fusion: object) -> None:
+    """Raises TypeError unless `fusion` is an object of a subclass of :class:`Fusion` that has a name."""
+    if not isinstance(fusion, Fusion):
+        raise TypeError(f"register_fusion: expected an object of a subclass of fx_fusion.Fusion, got {fusion!r}")
+    if not fusion.name:
+        raise TypeError(f"register_fusion: {type(fusion).__name__} has no name; set the attribute 'name'")
 
 
 REGISTRY = Registry()

@@ -8,7 +8,7 @@ import hashlib
 import logging
 import os
 import time
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from fx_fusion import config as configuration
 from fx_fusion.config import Config
-from fx_fusion.decline import Decline, first_source_line, module_path, reaching
+from fx_fusion.decline import OPAQUE, Decline, first_source_line, module_path, reaching
 from fx_fusion.fingerprint import Unreadable, fingerprint
-from fx_fusion.fusion import REGISTRY, Fusion
+from fx_fusion.fusion import REGISTRY, AnyFusion, Candidate
 from fx_fusion.graph import tidy
 from fx_fusion.graph.analysis import Facts
 from fx_fusion.kernels.measure import tuned
@@ -120,36 +120,39 @@ def apply(graph: Graph, config: Config, *, training: bool = False, observer: Obs
     """
     started = time.perf_counter()
     nodes = len(graph.nodes)
-    layers: list[LayerReport] = []
-    mutated = sum(1 for node in graph.nodes if node.target is torch.ops.aten.copy_.default)
+    stores = sum(1 for node in graph.nodes if node.target is torch.ops.aten.copy_.default)
     refusal = _refuse_graph(training)
     observer.starts(graph)
-    rewriting = 0.0
+    done = _Applied()
     if refusal is not None:
-        layers.append(_declined("graph", refusal))
+        done.layers.append(_declined("graph", refusal))
     else:
         # Readers compute with real tensors, whatever mode the caller traces in (fake tensors, a default device).
         with _disable_current_modes(), cpu_by_default(), torch.no_grad():
             inlined = inline(graph)
             for fusion in REGISTRY:
-                done, spent = _apply_fusion(graph, fusion, config, observer, inlined)
-                layers.extend(done)
-                rewriting += spent
-            layers = _with_meanings(layers, inlined)
-            rewritten = any(layer.state == "rewritten" for layer in layers)
+                _apply_fusion(graph, fusion, config, observer, inlined, done)
+            hidden = _tell_of_semantics(done, inlined)
+            stores = 0 if done.absent else stores + hidden
+            rewritten = any(layer.state == "rewritten" for layer in done.layers)
             inlined.restore(rewritten=rewritten)
             if rewritten:
                 tidy.finish(graph)
-            mutated += len(inlined.hidden_stores or inlined.hidden_attention)
-    stores = 0 if any(layer.code == "store.missing" for layer in layers) else mutated
-    if len(layers) > 1:
-        layers = [layer for layer in layers if layer.code != "store.missing"]
     total = time.perf_counter() - started
-    seconds = {"total": total, "rewriting": rewriting, "reading": total - rewriting}
-    report = FusionReport(tuple(layers), stores, nodes, config.kernel, seconds)
+    seconds = {"total": total, "rewriting": done.rewriting, "reading": total - done.rewriting}
+    report = FusionReport(tuple(done.layers or done.absent), stores, nodes, config.kernel, seconds)
     observer.ends(graph, report)
     _announce(report)
     return report
+
+
+@dataclass
+class _Applied:
+    """What came of fusions: `layers`, what those say that found nothing (`absent`), and seconds of `rewriting`."""
+
+    layers: list[LayerReport] = field(default_factory=list[LayerReport])
+    absent: list[LayerReport] = field(default_factory=list[LayerReport])
+    rewriting: float = 0.0
 
 
 def cpu_by_default() -> contextlib.AbstractContextManager[Any]:
@@ -165,30 +168,31 @@ def _refuse_graph(training: bool) -> Decline | None:
     return None
 
 
-def _with_meanings(layers: list[LayerReport], inlined: Inlined) -> list[LayerReport]:
-    """`layers`, and what kept operations opaque, each reason once. A store that is hidden in one is not missing, and
-    what an operation writes is told once.
+def _tell_of_semantics(done: _Applied, inlined: Inlined) -> int:
+    """Add what kept operations opaque, each reason once, and tell how many of them store out of sight.
+
+    A store that is out of sight is not absent, and why an operation stayed opaque says more than that it did.
     """
-    reasons = [*inlined.declined, *inlined.hidden_stores]
-    missing = any(layer.code == "store.missing" for layer in layers)
-    if missing and not inlined.hidden_stores:
-        reasons += inlined.hidden_attention
-    declined = {(decline.code, decline.found): _declined("meaning", decline) for decline in reversed(reasons)}
-    if any(layer.code == "meaning.hidden" for layer in declined.values()):
-        layers = [layer for layer in layers if layer.code != "store.missing"]
+    hidden = inlined.hidden_stores or inlined.hidden_attention
+    reasons = [*inlined.declined, *(inlined.hidden_stores or (hidden if done.absent else []))]
     refused = {str(node) for decline in reasons for node in decline.nodes}
-    layers = [layer for layer in layers if layer.code != "store.unknown_writer" or layer.node not in refused]
-    return [*layers, *reversed(declined.values())]
+    declined = {(decline.code, decline.found): _declined("meaning", decline) for decline in reversed(reasons)}
+    done.layers = [layer for layer in done.layers if not (layer.code in OPAQUE and layer.node in refused)]
+    done.layers += reversed(declined.values())
+    done.absent = [] if hidden else done.absent
+    return len(hidden)
 
 
 def _apply_fusion(
-    graph: Graph, fusion: Fusion, config: Config, observer: Observer, inlined: Inlined
-) -> tuple[list[LayerReport], float]:
+    graph: Graph, fusion: AnyFusion, config: Config, observer: Observer, inlined: Inlined, done: _Applied
+) -> None:
     facts = Facts(graph)
     try:
         candidates, impossible = fusion.find(facts)
+        absent = None if candidates or impossible else fusion.absent(facts)
     except Exception as error:
-        return [_declined(fusion.name, _internal(error, config))], 0.0
+        done.layers.append(_declined(fusion.name, _internal(error, config)))
+        return
     memo: dict[object, Any] = {}
     layers: list[LayerReport] = []
     matches: list[tuple[int, Any, str]] = []
@@ -199,7 +203,8 @@ def _apply_fusion(
         layers.append(layer)
         observer.reads(fusion, facts, candidate, match, layer)
     refused = [_declined(fusion.name, decline) for decline in impossible]
-    for layer in refused:
+    nothing = [] if absent is None else [_declined(fusion.name, absent)]
+    for layer in (*refused, *nothing):
         observer.reads(fusion, facts, None, None, layer)
     started = time.perf_counter()
     for position, match, kernel in matches:
@@ -210,34 +215,31 @@ def _apply_fusion(
             layers[position] = _declined(fusion.name, _internal(error, config))
     if matches:
         tidy.sort(graph)
-    spent = time.perf_counter() - started
-    layers.extend(refused)
-    return layers, spent
+    done.rewriting += time.perf_counter() - started
+    done.layers += [*layers, *refused]
+    done.absent += nothing
 
 
 def _read(
-    facts: Facts, fusion: Fusion, candidate: Any, memo: dict[object, Any], config: Config, inlined: Inlined
+    facts: Facts, fusion: AnyFusion, candidate: Candidate, memo: dict[object, Any], config: Config, inlined: Inlined
 ) -> tuple[LayerReport, Any]:
     try:
         match = fusion.read(facts, candidate, memo)
-        words, data, error = fusion.describe(match)
-        eligible = fusion.eligible(match)
+        assessed = fusion.assess(match)
         with reaching("placement"):
             fusion.check(facts, match)
-            stores = getattr(fusion, "stores", None)  # not every fusion writes a cache
-            if stores is not None:
-                inlined.check_stores(facts.live, *stores(match))
+            inlined.check_stores(facts.live, *fusion.stores(match))
     except Decline as decline:
         return _declined(fusion.name, decline, candidate.anchor), None
-    except Exception as error_:
-        return _declined(fusion.name, _internal(error_, config), candidate.anchor), None
+    except Exception as error:
+        return _declined(fusion.name, _internal(error, config), candidate.anchor), None
     read = LayerReport(
         fusion.name,
         "recognised",
-        read=words,
-        facts=data,
-        eligible=eligible,
-        error=error,
+        read=assessed.words,
+        facts=assessed.reading,
+        eligible=assessed.eligible,
+        error=assessed.error,
         node=str(candidate.anchor),
         source=first_source_line([candidate.anchor]),
         module=module_path(candidate.anchor),

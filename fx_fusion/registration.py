@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 from fx_fusion.function_fusions.fusion import PLATFORMS, Check, FunctionFusion
-from fx_fusion.fusion import REGISTRY, Fusion, Handle, check_fusion
+from fx_fusion.fusion import REGISTRY, AnyFusion, Handle, check_fusion
 
 
 def register_fusion(
@@ -34,7 +34,7 @@ def register_fusion(
     with an object, ``register_fusion(MyFusion())``, or as a decorator of a class without constructor arguments.
 
     Args:
-        fusion: an object (or a class) with the methods of :class:`fx_fusion.fusion.Fusion`.
+        fusion: an object of a subclass of :class:`fx_fusion.Fusion`, or the subclass.
         pattern: what to find: a function, or several with the same parameters (alternatives). A parameter is a tensor
             of the graph, unless annotated otherwise: ``int`` and ``float`` are numbers read off the graph,
             ``Tensor | None`` is an optional part, ``bool`` and ``Literal`` are alternatives. It may change its tensor
@@ -52,7 +52,8 @@ def register_fusion(
         A :class:`Handle` with `remove`; as a decorator, the class or function.
 
     Raises:
-        TypeError: a method or a parameter is missing or means nothing here.
+        TypeError: `fusion` is of no subclass of :class:`fx_fusion.Fusion`, or a parameter is missing or means nothing
+            here.
         ValueError: the name is taken, the pattern cannot be traced, or the replacement differs from it (on the example,
             on the CPU; what cannot run there is compared at its first match).
     """
@@ -117,7 +118,7 @@ def fusions(*only: Any) -> Generator[None]:
         REGISTRY.replace(before)
 
 
-def _resolve(given: Any, registered: Sequence[Fusion]) -> Fusion:
+def _resolve(given: Any, registered: Sequence[AnyFusion]) -> AnyFusion:
     if isinstance(given, Handle):
         return given.fusion
     if isinstance(given, str):

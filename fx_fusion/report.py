@@ -11,6 +11,7 @@ from typing import Any, Literal
 from torch._dynamo.utils import counters
 
 from fx_fusion.cache_folder import cache_folder
+from fx_fusion.decline import IDLE
 
 State = Literal["rewritten", "recognised", "declined"]
 
@@ -100,8 +101,7 @@ class FusionReport:
     @property
     def concerns(self) -> bool:
         """Is there anything in the graph for a fusion to do: a cache store, or a place that a fusion looked at?"""
-        idle = ("store.missing", "report.missing", "graph.training", "graph.disabled")
-        return self.stores > 0 or any(layer.code not in idle for layer in self.layers)
+        return self.stores > 0 or any(layer.code not in IDLE for layer in self.layers)
 
     @property
     def id(self) -> str:

@@ -8,8 +8,8 @@ import torch
 
 from fx_fusion.graph.sizes import Sizes
 from fx_fusion.semantics.compare import Comparisons
-from fx_fusion.semantics.declare import Meaning, signature_mismatch
 from fx_fusion.semantics.libraries import READY_MADE, sglang, vllm
+from fx_fusion.semantics.meaning import Meaning, signature_mismatch
 from fx_fusion.semantics.traced import complete
 
 TOKENS, HEADS, KV_HEADS, HEAD_DIM, BLOCKS, BLOCK_SIZE, GROUP = 5, 4, 2, 16, 8, 4, 4

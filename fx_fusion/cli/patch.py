@@ -16,7 +16,7 @@ from torch.fx import Graph, Node
 
 from fx_fusion.cli.subject import Subject, SubjectError, add_arguments, build, explain_quietly
 from fx_fusion.config import Config, OptionError
-from fx_fusion.fusion import Fusion
+from fx_fusion.fusion import AnyFusion
 from fx_fusion.graph.analysis import Facts
 from fx_fusion.kernels.qk_norm_rope_cache.operation import OPERATION
 from fx_fusion.observer import Observer
@@ -97,7 +97,7 @@ class Writer(Observer):
         inputs = [node for node in graph.nodes if node.op == "placeholder"]
         self._labels = dict(zip(inputs, self._names, strict=True)) if len(inputs) == len(self._names) else {}
 
-    def reads(self, fusion: Fusion, facts: Facts, candidate: Any, match: Any, layer: LayerReport) -> None:
+    def reads(self, fusion: AnyFusion, facts: Facts, candidate: Any, match: Any, layer: LayerReport) -> None:
         module = layer.module or f"layer {sum(len(kind.modules) for kind in self.kinds.values())}"
         if layer.state != "declined" and not isinstance(match, Lowered):
             return

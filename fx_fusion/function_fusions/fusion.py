@@ -27,6 +27,7 @@ from fx_fusion.function_fusions.pattern import Pattern
 from fx_fusion.function_fusions.replacement import compare_replacement
 from fx_fusion.function_fusions.samples import Sampler
 from fx_fusion.function_fusions.search import Place, Search, Tracer, compare
+from fx_fusion.fusion import Assessment, Fusion
 from fx_fusion.graph import operations as opset
 from fx_fusion.graph.analysis import Facts
 from fx_fusion.graph.edit import Emitter
@@ -75,7 +76,7 @@ class Match:
     verified: float
 
 
-class FunctionFusion:
+class FunctionFusion(Fusion[Place, Match]):
     """What :func:`fx_fusion.register_fusion` makes of functions. For the arguments see there."""
 
     def __init__(
@@ -108,7 +109,6 @@ class FunctionFusion:
 
     @property
     def identity(self) -> tuple[Any, ...]:
-        """What the compile caches must know of this fusion."""
         return (self.name, self.functions, self.replacement, self.user_check, self.platforms)
 
     def _try_on_example(self, pattern: Pattern) -> None:
@@ -121,8 +121,6 @@ class FunctionFusion:
                 if decline.code == "fusion.replacement_differs":
                     raise ValueError(f"register_fusion: {self.name}: {decline.found}") from None
                 log.info("fx_fusion: %s is compared with its pattern at its first match: %s", self.name, decline.found)
-
-    # --- the protocol of fx_fusion.fusion.Fusion ------------------------------------------------------------------
 
     def find(self, facts: Facts) -> tuple[list[Place], list[Decline]]:
         tracer, covered = Tracer(), set[Node]()
@@ -210,16 +208,13 @@ class FunctionFusion:
             reason = answer or "check returned False"
             raise Decline("fusion.check", f"the fusion's own check says: {reason}", place.results)
 
-    def describe(self, match: Match) -> tuple[str, dict[str, Any], float]:
+    def assess(self, match: Match) -> Assessment:
         place = match.place
         shapes = {name: _layout(node) for name, node in place.tensors.items()}
         data = {"tensors": shapes, "numbers": dict(place.numbers), "choices": dict(place.variant)}
         words = [f"{name} {layout}" for name, layout in shapes.items()]
         words += [f"{name} {value!r}" for name, value in place.others.items()]
-        return f"{self.name}: {', '.join(words)}", data, match.error
-
-    def eligible(self, match: Match) -> dict[str, str | None]:
-        return {}
+        return Assessment(f"{self.name}: {', '.join(words)}", data, match.error)
 
     def choose(self, match: Match, kernel: str, target: Target) -> str:
         if target.platform not in self.platforms:

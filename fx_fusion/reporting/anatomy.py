@@ -15,12 +15,11 @@ import torch
 from torch.fx import Graph, Node
 
 from fx_fusion.decline import source_line
-from fx_fusion.fusion import Fusion
+from fx_fusion.fusion import AnyFusion, Candidate, NodeRole
 from fx_fusion.graph import operations as opset
 from fx_fusion.graph.analysis import Facts
 from fx_fusion.graph.edit import EMITTED
 from fx_fusion.observer import Observer
-from fx_fusion.patterns.qk_norm_rope_cache.roles import Part
 from fx_fusion.report import FusionReport, LayerReport
 
 #: A declined layer may be a whole transformer block: more nodes than this tell nobody anything.
@@ -39,7 +38,7 @@ class Step:
         op: the ATen operation, ``input``, or the fused call.
         inputs: names of nodes.
         value: dtype and shape.
-        role, branch, finding: see :class:`~fx_fusion.patterns.qk_norm_rope_cache.roles.Part`; in a declined layer the
+        role, branch, finding: see :class:`fx_fusion.fusion.NodeRole`; in a declined layer the
             node at fault is ``offending``, the others ``region``; in the graph after the pass there are ``call``,
             ``view``, ``result``.
         label: what the user calls it, for an input.
@@ -128,15 +127,15 @@ class Recorder(Observer):
         self._groups: dict[str, _Group] = {}
         self._emitted: set[Node] = set()
 
-    def reads(self, fusion: Fusion, facts: Facts, candidate: Any, match: Any, layer: LayerReport) -> None:
+    def reads(self, fusion: AnyFusion, facts: Facts, candidate: Any, match: Any, layer: LayerReport) -> None:
         number, self._count = self._count, self._count + 1
-        found = _parts(fusion, facts, candidate, match, layer)
-        self._roles |= {node: part.role for node, part in found.items()}
+        found = _roles(fusion, facts, candidate, match, layer)
+        self._roles |= {node: place.role for node, place in found.items()}
         key = f"{layer.fusion} {layer}"
         if key in self._groups:
             self._groups[key].numbers.append(number)
             return
-        steps = tuple(_step(node, part, self._labels) for node, part in found.items())
+        steps = tuple(_step(node, place, self._labels) for node, place in found.items())
         self._groups[key] = _Group([number], steps, quote(layer.source) if layer.state == "declined" else None)
 
     def rewrites(self, layer: LayerReport, graph: Graph) -> None:
@@ -180,31 +179,24 @@ def _labels(nodes: Sequence[Node], names: Sequence[str]) -> dict[Node, str]:
 # --- before ---------------------------------------------------------------------------------------------------------
 
 
-def _parts(fusion: Fusion, facts: Facts, candidate: Any, match: Any, layer: LayerReport) -> dict[Node, Part]:
-    describe = getattr(fusion, "parts", None)
-    if match is not None and describe is not None:
-        return describe(facts, match)
-    return _around(facts, candidate, layer)
+def _roles(
+    fusion: AnyFusion, facts: Facts, candidate: Candidate | None, match: Any, layer: LayerReport
+) -> dict[Node, NodeRole]:
+    roles = fusion.roles(facts, match) if match is not None else {}
+    return roles or _around(fusion, facts, candidate, layer)
 
 
-def _around(facts: Facts, candidate: Any, layer: LayerReport) -> dict[Node, Part]:
-    """The candidate's nodes, as far as its anchor tells, and the node that the reason is about."""
+def _around(fusion: AnyFusion, facts: Facts, candidate: Candidate | None, layer: LayerReport) -> dict[Node, NodeRole]:
+    """The candidate's nodes, as far as the fusion tells, and the node that the reason is about."""
     fault = next((node for node in facts.nodes if node.name == layer.node), None)
-    anchor, origin = getattr(candidate, "anchor", None), getattr(candidate, "origin", None)
-    ends = [node for node in (anchor, fault, *_writers(candidate)) if node is not None]
-    region = facts.between(origin, ends) if origin is not None else []
-    region = list(dict.fromkeys([*region, *ends]))
-    if fault is not None:
-        region = list(dict.fromkeys([*(p for p in fault.all_input_nodes), *region]))
-    region.sort(key=facts.order.__getitem__)
-    found = {node: Part("region") for node in _nearest(region, fault or anchor)}
+    region = fusion.region(facts, candidate, fault) if candidate is not None else [fault] if fault is not None else []
+    before = fault.all_input_nodes if fault is not None else []
+    region = sorted(dict.fromkeys([*before, *region]), key=facts.order.__getitem__)
+    centre = candidate.anchor if fault is None and candidate is not None else fault
+    found = {node: NodeRole("region") for node in _nearest(region, centre)}
     if fault is not None and layer.state == "declined":
-        found[fault] = Part("offending", "", layer.reason)
+        found[fault] = NodeRole("offending", "", layer.reason)
     return found
-
-
-def _writers(candidate: Any) -> Iterable[Node]:
-    return (store.writer for store in getattr(candidate, "stores", ()))
 
 
 def _nearest(region: Sequence[Node], centre: Node | None) -> Sequence[Node]:
@@ -217,15 +209,15 @@ def _nearest(region: Sequence[Node], centre: Node | None) -> Sequence[Node]:
 # --- one node -------------------------------------------------------------------------------------------------------
 
 
-def _step(node: Node, part: Part, labels: Mapping[Node, str]) -> Step:
+def _step(node: Node, place: NodeRole, labels: Mapping[Node, str]) -> Step:
     return Step(
         name=node.name,
         op=_op(node),
         inputs=tuple(parent.name for parent in node.all_input_nodes),
         value=_value(node.meta.get("val")),
-        role=part.role,
-        branch=part.branch,
-        finding=_in_users_words(part.finding, labels),
+        role=place.role,
+        branch=place.branch,
+        finding=_in_users_words(place.finding, labels),
         label=labels.get(node),
         source=source_line(node),
     )
@@ -240,7 +232,7 @@ def _in_users_words(finding: str | None, labels: Mapping[Node, str]) -> str | No
 def _emitted_step(node: Node, labels: Mapping[Node, str]) -> Step:
     role = _emitted_role(node)
     finding = "one call instead of the region" if role == "call" else None
-    return _step(node, Part(role, "", finding), labels)
+    return _step(node, NodeRole(role, "", finding), labels)
 
 
 def _emitted_role(node: Node) -> str:

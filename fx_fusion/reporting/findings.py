@@ -9,9 +9,7 @@ from fx_fusion.report import LayerReport
 
 
 class Finding(NamedTuple):
-    """`role` is the part of the graph that it is about: see
-    :class:`fx_fusion.patterns.qk_norm_rope_cache.roles.Part`.
-    """
+    """`role` is the part of the graph that it is about: see :class:`fx_fusion.fusion.NodeRole`."""
 
     role: str
     reader: str

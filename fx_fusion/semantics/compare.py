@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from fx_fusion.graph.sizes import Sizes
 from fx_fusion.proof.floats import NATIVE_TOLERANCE
 from fx_fusion.proof.region_function import relative_difference
-from fx_fusion.semantics.declare import Meaning, arrange, call_meaning, qualified_name
+from fx_fusion.semantics.meaning import Meaning, arrange, call_meaning, qualified_name
 
 #: Leading sizes (tokens, rows of a table, blocks of a cache) above this are cut down, alike wherever they occur.
 _LARGE = 64

@@ -19,7 +19,7 @@ from fx_fusion.graph.edit import Emitter, fake_run
 from fx_fusion.graph.nodes import value_of
 from fx_fusion.graph.operations import aten
 from fx_fusion.semantics.compare import Comparison
-from fx_fusion.semantics.declare import Meaning
+from fx_fusion.semantics.meaning import Meaning
 from fx_fusion.semantics.traced import TracedMeaning, complete, is_input
 
 

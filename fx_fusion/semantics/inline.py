@@ -24,10 +24,11 @@ from fx_fusion.graph.nodes import value_of
 from fx_fusion.graph.operations import aten
 from fx_fusion.graph.sizes import Sizes, admissible_sizes
 from fx_fusion.semantics.compare import COMPARISONS
-from fx_fusion.semantics.declare import MEANINGS, WITHOUT_STORE, Meaning, signature_mismatch
+from fx_fusion.semantics.declare import MEANINGS
 from fx_fusion.semantics.expand import Expansion, insert, refresh
 from fx_fusion.semantics.forward import forward_reads
 from fx_fusion.semantics.libraries import HIDDEN
+from fx_fusion.semantics.meaning import WITHOUT_STORE, Meaning, signature_mismatch
 from fx_fusion.semantics.traced import NoMeaning, TracedMeaning, complete, trace
 
 

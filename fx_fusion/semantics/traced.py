@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from fx_fusion.graph.operations import aten
-from fx_fusion.semantics.declare import arrange, call_meaning
+from fx_fusion.semantics.meaning import arrange, call_meaning
 
 
 class NoMeaning(Exception):

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from fx_fusion.decline import Decline
+from fx_fusion.fusion import Assessment, Fusion, NodeRole
 from fx_fusion.graph import operations as opset
 from fx_fusion.graph.analysis import Facts
 from fx_fusion.graph.custom_calls import operation
@@ -23,7 +24,7 @@ from fx_fusion.patterns.qk_norm_rope_cache import reading
 from fx_fusion.patterns.qk_norm_rope_cache.cache_store.addresses import Addresses, layout
 from fx_fusion.patterns.qk_norm_rope_cache.lower import lower, rewrite
 from fx_fusion.patterns.qk_norm_rope_cache.match import Candidate, Match
-from fx_fusion.patterns.qk_norm_rope_cache.roles import Part, parts
+from fx_fusion.patterns.qk_norm_rope_cache.roles import parts
 from fx_fusion.placement import (
     check_cache_address,
     check_convex,
@@ -34,7 +35,7 @@ from fx_fusion.placement import (
     check_sources,
     check_storage,
 )
-from fx_fusion.semantics.declare import WITHOUT_STORE
+from fx_fusion.semantics.meaning import WITHOUT_STORE
 
 
 @dataclass(frozen=True)
@@ -50,28 +51,26 @@ class Lowered:
     made: tuple[Any, ...]
 
 
-class QkNormRopeCache:
+class QkNormRopeCache(Fusion[Candidate, Lowered]):
     """The built-in fusion, as the registry knows it; ``match.py`` shows before and after."""
 
     name = "qk_norm_rope_cache"
 
     def find(self, facts: Facts) -> tuple[list[Candidate], list[Decline]]:
-        candidates, declined = pattern.find(facts)
-        if not candidates and not declined:
-            declined = [_no_store(facts)]
-        return candidates, declined
+        return pattern.find(facts)
+
+    def absent(self, facts: Facts) -> Decline:
+        return _no_store(facts)
 
     def read(self, facts: Facts, candidate: Candidate, memo: dict[object, Any]) -> Lowered:
         match = pattern.read(facts, candidate, memo)
         emit = FakeEmitter(match.key.out)
         return Lowered(match, lower(match, emit), tuple(emit.made))
 
-    def describe(self, lowered: Lowered) -> tuple[str, dict[str, Any], float]:
+    def assess(self, lowered: Lowered) -> Assessment:
         found = reading.read(lowered.match, lowered.call)
-        return reading.words(found), asdict(found), lowered.match.error
-
-    def eligible(self, lowered: Lowered) -> dict[str, str | None]:
-        return OPERATION.eligible(lowered.call)
+        eligible = OPERATION.eligible(lowered.call)
+        return Assessment(reading.words(found), asdict(found), lowered.match.error, eligible)
 
     def choose(self, lowered: Lowered, kernel: str, target: Target) -> str:
         return OPERATION.choose(kernel, lowered.call, target)
@@ -92,15 +91,18 @@ class QkNormRopeCache:
         check_old_cache(facts, stores, match.operands)
 
     def stores(self, lowered: Lowered) -> tuple[list[Node], set[Node]]:
-        """What writes the caches, and all that a call replaces."""
         match = lowered.match
         stores = [match.key_store.store, match.value_store.store]
         scatters = [scatter for store in stores for scatter in store.scatters]
         return [store.writer for store in stores], {*match.results, *scatters}
 
-    def parts(self, facts: Facts, lowered: Lowered) -> dict[Node, Part]:
-        """The part that each node plays, for ``explain``."""
+    def roles(self, facts: Facts, lowered: Lowered) -> dict[Node, NodeRole]:
         return parts(facts, lowered.match)
+
+    def region(self, facts: Facts, candidate: Candidate, fault: Node | None) -> list[Node]:
+        writers = [store.writer for store in candidate.stores]
+        ends = [node for node in (candidate.anchor, fault, *writers) if node is not None]
+        return [*facts.between(candidate.origin, ends), *ends]
 
     def rewrite(self, graph: Graph, lowered: Lowered, kernel: str) -> None:
         rewrite(graph, lowered.match, kernel, lowered.made)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 
 from torch.fx import Node
 
+from fx_fusion.fusion import NodeRole as Part
 from fx_fusion.graph import operations as opset
 from fx_fusion.graph.analysis import Facts
 from fx_fusion.graph.paths import Branch
@@ -15,21 +15,6 @@ from fx_fusion.patterns.qk_norm_rope_cache.branch.rotated_heads import RotatedHe
 from fx_fusion.patterns.qk_norm_rope_cache.branch.split import Heads
 from fx_fusion.patterns.qk_norm_rope_cache.branch.table_lookup import Lookup
 from fx_fusion.patterns.qk_norm_rope_cache.match import Match, Stored
-
-
-@dataclass(frozen=True)
-class Part:
-    """What one node is in a layer.
-
-    Attributes:
-        role: ``data``, ``split``, ``norm``, ``rope``, ``store``, ``lookup`` (angles from their table) or ``operand``.
-        branch: ``q``, ``k``, ``v``, or empty for what they share.
-        finding: what a reader read off this very node.
-    """
-
-    role: str
-    branch: str = ""
-    finding: str | None = None
 
 
 def parts(facts: Facts, match: Match) -> dict[Node, Part]:

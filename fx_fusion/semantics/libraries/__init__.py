@@ -1,9 +1,9 @@
-"""Meanings of operations of well-known libraries: looked at when a graph holds such an operation, and never before."""
+"""Meanings of operations of well-known libraries."""
 
 from __future__ import annotations
 
-from fx_fusion.semantics.declare import Hidden, Meaning
 from fx_fusion.semantics.libraries import sglang, vllm
+from fx_fusion.semantics.meaning import Hidden, Meaning
 
 #: By qualified name. What the user declares for the same operation comes first.
 READY_MADE: dict[str, Meaning] = {meaning.name: meaning for meaning in (*vllm.MEANINGS, *sglang.MEANINGS)}

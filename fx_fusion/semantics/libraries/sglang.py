@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fx_fusion.semantics.declare import Meaning
 from fx_fusion.semantics.libraries.steps import STORES_UNSEEN, rms_norm, rotate, store_where, table_rows
+from fx_fusion.semantics.meaning import Meaning
 
 HIDDEN = {"sglang::unified_attention_with_output": STORES_UNSEEN}
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fx_fusion.semantics.declare import WITHOUT_STORE, Hidden
+from fx_fusion.semantics.meaning import WITHOUT_STORE, Hidden
 
 #: Of attention that finds its cache in a forward context.
 STORES_UNSEEN = Hidden(

@@ -25,7 +25,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fx_fusion.semantics.declare import WITHOUT_STORE, Hidden, Meaning
 from fx_fusion.semantics.libraries.steps import (
     STORES_UNSEEN,
     mix_axes,
@@ -35,6 +34,7 @@ from fx_fusion.semantics.libraries.steps import (
     store_where,
     table_rows,
 )
+from fx_fusion.semantics.meaning import WITHOUT_STORE, Hidden, Meaning
 
 _FORWARD_CONTEXT = (
     "takes cache and slots from vLLM's forward context; they are not in the graph, so the store cannot be fused"
