@@ -237,7 +237,7 @@ def _read(
         fusion.name,
         "recognised",
         read=assessed.words,
-        facts=assessed.reading,
+        reading=assessed.reading,
         eligible=assessed.eligible,
         error=assessed.error,
         node=str(candidate.anchor),

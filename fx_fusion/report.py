@@ -27,7 +27,7 @@ class LayerReport:
             ``declined``.
         kernel: what runs, if rewritten.
         read: what was read off, for people.
-        facts: the same for programs.
+        reading: the same for programs.
         eligible: for each fast kernel, what its contract objects to (None: it could serve on its platform).
         error: largest relative difference to the fused operation in float64.
         assumed: declared meanings of opaque operations that it rests on, and how each was compared with its operation.
@@ -40,7 +40,7 @@ class LayerReport:
     state: State
     kernel: str | None = None
     read: str = ""
-    facts: dict[str, Any] = field(default_factory=dict[str, Any])
+    reading: dict[str, Any] = field(default_factory=dict[str, Any])
     eligible: dict[str, str | None] = field(default_factory=dict[str, "str | None"])
     error: float | None = None
     assumed: list[str] = field(default_factory=list[str])
@@ -50,6 +50,11 @@ class LayerReport:
     source: str | None = None
     module: str | None = None
     stage: str | None = None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The former name of `reading`."""
+        return self.reading
 
     def __str__(self) -> str:
         if self.state == "declined":

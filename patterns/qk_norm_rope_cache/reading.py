@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import Tensor
@@ -14,9 +14,11 @@ from fx_fusion.graph.sizes import same
 from fx_fusion.kernels.qk_norm_rope_cache.aiter.arguments import is_packed_qkv
 from fx_fusion.kernels.qk_norm_rope_cache.call import Call, with_typed_caches
 from fx_fusion.kernels.qk_norm_rope_cache.mrope import mrope_section
+from fx_fusion.kernels.qk_norm_rope_cache.operation import OPERATION
 from fx_fusion.patterns.qk_norm_rope_cache.branch.split import Heads
 from fx_fusion.patterns.qk_norm_rope_cache.cache_store.stored import Stored
 from fx_fusion.patterns.qk_norm_rope_cache.match import Match
+from fx_fusion.report import LayerReport
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,12 @@ def read(match: Match, call: Call[Tensor]) -> Reading:
         addressed_by=_addressed_by(match),
         return_k=told.return_k,
     )
+
+
+def of_report(layer: LayerReport) -> Reading | None:
+    """What a report keeps of a layer; None for a layer of another fusion, or as another version kept it."""
+    names = {field.name for field in fields(Reading)}
+    return Reading(**layer.reading) if layer.fusion == OPERATION.name and layer.reading.keys() == names else None
 
 
 def _projection(match: Match, call: Call[Tensor]) -> str:
