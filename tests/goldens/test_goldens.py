@@ -22,12 +22,15 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def marked(name):
-    quick = any(fnmatchcase(name, glob) for glob in QUICK)
-    return pytest.param(name, marks=[] if quick else pytest.mark.slow)
+def pytest_generate_tests(metafunc):
+    """The quick selection; all others only where ``-m slow`` asks for them: they take minutes."""
+    if "name" not in metafunc.fixturenames:
+        return
+    quick = [name for name in SUBJECTS if any(fnmatchcase(name, glob) for glob in QUICK)]
+    rest = [name for name in SUBJECTS if name not in quick] if "slow" in metafunc.config.option.markexpr else []
+    metafunc.parametrize("name", [*quick, *(pytest.param(name, marks=pytest.mark.slow) for name in rest)])
 
 
-@pytest.mark.parametrize("name", map(marked, SUBJECTS))
 def test_the_pass_does_what_it_did(name):
     found = text(SUBJECTS[name])
     assert digest(found) == GOLDEN["digests"].get(name), f"run.py --check with --only {name!r} shows it:\n{found}"
