@@ -76,7 +76,7 @@ def schema(call_type: type, options_type: type, returns: str) -> str:
     options = dataclasses.fields(options_type)
     required = [f"{_schema_type(field)} {field.name}" for field in options if field.default is MISSING]
     defaulted = [
-        f"{_schema_type(field)} {field.name}={field.default}" for field in options if field.default is not MISSING
+        f"{_schema_type(field)} {field.name}={field.default!r}" for field in options if field.default is not MISSING
     ]
     told = [*required, "str implementation", *defaulted]
     return f"({', '.join(map(tensor, _tensor_fields(call_type)))}, *, {', '.join(told)}) -> {returns}"

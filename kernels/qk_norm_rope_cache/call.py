@@ -50,10 +50,10 @@ class Options:
     return_k: bool
     float8: str | None = None
 
-    @staticmethod
-    def of(*, k_layout: Sequence[Any], v_layout: Sequence[Any], axes: Sequence[int], **others: Any) -> Options:
+    @classmethod
+    def of(cls, *, k_layout: Sequence[Any], v_layout: Sequence[Any], axes: Sequence[int], **others: Any) -> Options:
         """From the arguments of the operation, whose sequences are lists."""
-        return Options(CacheLayout(*k_layout), CacheLayout(*v_layout), axes=tuple(axes), **others)
+        return cls(CacheLayout(*k_layout), CacheLayout(*v_layout), axes=tuple(axes), **others)
 
 
 @dataclass(frozen=True)
