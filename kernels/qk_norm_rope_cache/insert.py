@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._higher_order_ops.auto_functionalize import auto_functionalized_v2
-from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton_kernel_wrapper_functional
 from torch.fx import Node
 from torch.fx.node import map_aggregate
 
 from fx_fusion.graph.edit import Emitter
 from fx_fusion.graph.nodes import value_of
 from fx_fusion.graph.operations import aten
+from fx_fusion.graph.torch_compat import auto_functionalized_v2, kernel_side_table, triton_kernel_wrapper_functional
 from fx_fusion.kernels.qk_norm_rope_cache import operation as op
 from fx_fusion.kernels.qk_norm_rope_cache.cache_layout import as_float8
 from fx_fusion.kernels.qk_norm_rope_cache.triton import implementation as triton

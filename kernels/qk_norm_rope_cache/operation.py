@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fx_fusion.graph.torch_compat import OpOverload
 from fx_fusion.kernels.capture_guard import only_warm
 from fx_fusion.kernels.qk_norm_rope_cache import reference
 from fx_fusion.kernels.qk_norm_rope_cache.aiter import implementation as aiter
@@ -148,4 +149,4 @@ def _fake(q: Tensor, k: Tensor, *_: Tensor | None, return_k: bool, **__: object)
 _LIBRARY.impl("qk_norm_rope_cache", run, "CompositeExplicitAutograd")
 torch.library.register_fake("fx_fusion::qk_norm_rope_cache", _fake, lib=_LIBRARY)
 
-OVERLOAD: torch._ops.OpOverload = torch.ops.fx_fusion.qk_norm_rope_cache.default
+OVERLOAD: OpOverload = torch.ops.fx_fusion.qk_norm_rope_cache.default
