@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
-from torch._dynamo import register_backend
 from torch.fx import GraphModule
 
 from fx_fusion.config import Config
 from fx_fusion.fusion_pass import FusionPass
+from fx_fusion.graph.torch_compat import (
+    checked_options,
+    compile_fx,
+    inductor_option,
+    is_backend,
+    mode_options,
+    register_backend,
+)
 from fx_fusion.graph_capture.warm import refuse_compilation_in_captures
 from fx_fusion.report import REPORTS, FusionReport
 
@@ -64,26 +70,13 @@ def fx_fusion(
 def _compile_inductor(
     gm: GraphModule, example_inputs: Sequence[Any], config: Config, mode: str | None, options: dict[str, Any]
 ) -> Callable[..., Any]:
-    from torch._inductor import config as inductor_config
-    from torch._inductor import list_mode_options
-    from torch._inductor.compile_fx import compile_fx
-
-    patches: dict[str, Any] = {**(list_mode_options(mode) if mode and mode != "default" else {}), **_checked(options)}
-    already = patches.pop(_HOOK, None) or getattr(inductor_config, _HOOK)
+    patches = {**mode_options(mode), **checked_options(options)}
+    already = patches.pop(_HOOK, None) or inductor_option(_HOOK)
     patches[_HOOK] = FusionPass(config, before=already or None)
-    compiled: Any = compile_fx(gm, list(example_inputs), config_patches=patches)
-    return compiled
-
-
-def _checked(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Inductor's options as ``torch.compile`` itself checks them (``epilogue-fusion`` is ``epilogue_fusion``)."""
-    checked = torch._TorchCompileInductorWrapper("default", dict(options), None)
-    return {name: checked.config[name] for name in (key.replace("-", "_") for key in options)}
+    return compile_fx(gm, example_inputs, config_patches=patches)
 
 
 def register() -> None:
     """Make the name ``"fx_fusion"`` known, also where the package's entry point is not installed."""
-    from torch._dynamo.backends import registry
-
-    if "fx_fusion" not in registry._COMPILER_FNS:
+    if not is_backend("fx_fusion"):
         register_backend(fx_fusion, name="fx_fusion")

@@ -6,6 +6,8 @@ import functools
 import os
 from pathlib import Path
 
+from fx_fusion.graph.torch_compat import inductor_cache
+
 
 def cache_folder() -> Path:
     """``fx_fusion`` in Inductor's cache directory; it may not exist yet."""
@@ -15,6 +17,4 @@ def cache_folder() -> Path:
 @functools.cache
 def _cache_folder(_: str | None) -> Path:
     """By what the answer depends on: Inductor makes the directory at every question, and a launch asks too."""
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-    return Path(cache_dir()) / "fx_fusion"
+    return Path(inductor_cache()) / "fx_fusion"

@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch._library.custom_ops import CustomOpDef
 
-_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch._ops.OpOverload)
+from fx_fusion.graph.torch_compat import CustomOpDef, OpOverload, OpOverloadPacket
+
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, OpOverload)
 
 
 class Unreadable(Exception):
@@ -50,9 +51,7 @@ def _read(value: Any, open_: frozenset[int]) -> str:
         return f"method({inner(value.__func__)},{inner(value.__self__)})"
     if isinstance(value, type):
         return f"class({value.__module__}.{value.__qualname__},{_source(value)})"
-    if isinstance(value, (types.ModuleType, types.BuiltinFunctionType, torch._ops.OpOverloadPacket)) or _is_torch(
-        value
-    ):
+    if isinstance(value, (types.ModuleType, types.BuiltinFunctionType, OpOverloadPacket)) or _is_torch(value):
         return f"named({getattr(value, '__module__', '')}.{getattr(value, '__name__', str(value))})"
     if isinstance(value, CustomOpDef):
         return f"op({value._qualname},{inner(value._init_fn)})"

@@ -13,11 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._dynamo.utils import counters
-from torch._inductor import custom_graph_pass
-from torch._logging import trace_structured
 from torch.fx import Graph, Node
-from torch.utils._python_dispatch import _disable_current_modes
 
 from fx_fusion import config as configuration
 from fx_fusion.config import Config
@@ -26,6 +22,14 @@ from fx_fusion.fingerprint import Unreadable, fingerprint
 from fx_fusion.fusion import REGISTRY, AnyFusion, Candidate
 from fx_fusion.graph import tidy
 from fx_fusion.graph.analysis import Facts
+from fx_fusion.graph.torch_compat import (
+    GraphPass,
+    InferenceAwarePass,
+    counters,
+    disable_current_modes,
+    sort_topologically,
+    trace_structured,
+)
 from fx_fusion.kernels.measure import tuned
 from fx_fusion.kernels.operation import OPERATIONS, KernelUnavailable
 from fx_fusion.kernels.target import Target
@@ -34,16 +38,12 @@ from fx_fusion.report import REPORTS, FusionReport, LayerReport
 from fx_fusion.semantics.declare import MEANINGS
 from fx_fusion.semantics.inline import Inlined, inline
 
-#: Told whether the graph is for inference, where this version of torch tells a pass.
-_InferenceAware: Any = getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", None)
-_Base: Any = _InferenceAware or custom_graph_pass.CustomGraphPass
-
 log = logging.getLogger(__name__)
 
 _rewrites_done = 0
 
 
-class FusionPass(_Base):
+class FusionPass(GraphPass):
     """An Inductor graph pass: ``torch.compile(m, options={"post_grad_custom_pre_pass": FusionPass()})``.
 
     Args:
@@ -75,7 +75,7 @@ class FusionPass(_Base):
 
 def _call(graph_pass: Any, graph: Graph, is_inference: bool | None) -> None:
     for each in graph_pass if isinstance(graph_pass, (list, tuple)) else [graph_pass]:
-        if _InferenceAware is not None and isinstance(each, _InferenceAware):
+        if InferenceAwarePass is not None and isinstance(each, InferenceAwarePass):
             each(graph, is_inference)
         else:
             each(graph)
@@ -128,7 +128,7 @@ def apply(graph: Graph, config: Config, *, training: bool = False, observer: Obs
         done.layers.append(_declined("graph", refusal))
     else:
         # Readers compute with real tensors, whatever mode the caller traces in (fake tensors, a default device).
-        with _disable_current_modes(), cpu_by_default(), torch.no_grad():
+        with disable_current_modes(), cpu_by_default(), torch.no_grad():
             inlined = inline(graph)
             for fusion in REGISTRY:
                 _apply_fusion(graph, fusion, config, observer, inlined, done)
@@ -214,7 +214,7 @@ def _apply_fusion(
         except Exception as error:
             layers[position] = _declined(fusion.name, _internal(error, config))
     if matches:
-        tidy.sort(graph)
+        sort_topologically(graph)
     done.rewriting += time.perf_counter() - started
     done.layers += [*layers, *refused]
     done.absent += nothing

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from torch._dynamo.utils import counters
-
 from fx_fusion.cache_folder import cache_folder
 from fx_fusion.decline import IDLE
+from fx_fusion.graph.torch_compat import counters
 
 State = Literal["rewritten", "recognised", "declined"]
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
+from fx_fusion.graph.torch_compat import pytree, reset_dynamo
 from fx_fusion.proof.region_function import relative_difference
 from fx_fusion.report import REPORTS, FusionReport
 from fx_fusion.trace import merge
@@ -62,7 +62,7 @@ def run(
         dynamic: as in ``torch.compile``.
     """
     fn, args, kwargs = copy.deepcopy((fn, tuple(args), dict(kwargs or {})))
-    torch._dynamo.reset()
+    reset_dynamo()
     before = REPORTS.snapshot()
     options: dict[str, Any] = {"fx_fusion.kernel": kernel, "fx_fusion.inner": inner, "fx_fusion.strict": True}
     compiled = torch.compile(fn, backend="fx_fusion", dynamic=dynamic, options=options)
@@ -70,7 +70,7 @@ def run(
         with torch.no_grad():
             outputs = compiled(*args, **kwargs)
     finally:
-        torch._dynamo.reset()
+        reset_dynamo()
     reports = REPORTS.since(before)
     assert reports, "nothing was compiled"
     return Outcome(merge(reports), outputs, _state(fn, args, kwargs))

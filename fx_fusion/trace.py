@@ -13,12 +13,20 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
 from torch.fx import GraphModule
-from torch.utils import _pytree as pytree
 
 from fx_fusion.config import Config
 from fx_fusion.fusion_pass import FusionPass, cpu_by_default
+from fx_fusion.graph.torch_compat import (
+    FakeCopyMode,
+    FakeTensor,
+    FakeTensorMode,
+    ShapeEnv,
+    compile_fx,
+    pytree,
+    reset_dynamo,
+    view_to_reshape,
+)
 from fx_fusion.kernels.capture_guard import only_warm
 from fx_fusion.kernels.target import Target
 from fx_fusion.observer import NOBODY, Observer
@@ -29,7 +37,6 @@ def compile_eager(
     gm: GraphModule, example_inputs: Sequence[Any], config: Config, observer: Observer = NOBODY
 ) -> Callable[..., Any]:
     """Rewrite the graph and run it node by node, uncompiled."""
-    from torch._inductor.compile_fx import compile_fx
 
     def run_pass(graph_module: GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
         _as_post_grad(
@@ -38,16 +45,11 @@ def compile_eager(
         return _boxed(graph_module)
 
     inner: Any = run_pass
-    compiled: Any = compile_fx(
-        gm, list(example_inputs), inner_compile=inner, config_patches={"force_disable_caches": True}
-    )
-    return compiled
+    return compile_fx(gm, example_inputs, inner_compile=inner, config_patches={"force_disable_caches": True})
 
 
 def _as_post_grad(gm: GraphModule, graph_pass: FusionPass, *, is_inference: bool) -> None:
     """What Inductor does to the graph before it calls a custom pass, and the pass."""
-    from torch._inductor.fx_passes.post_grad import view_to_reshape
-
     view_to_reshape(gm)
     graph_pass(gm.graph, is_inference)
     gm.recompile()
@@ -100,11 +102,11 @@ def explain_to(
     with _fake() as mode, cpu_by_default(), torch.no_grad():
         fake_fn, fake_args, fake_kwargs = _fakes(mode, (fn, tuple(args), dict(kwargs)))
         fake_fn(*fake_args, **fake_kwargs)  # a lazily allocated cache allocates itself here, not inside the graph
-        torch._dynamo.reset()
+        reset_dynamo()
         try:
             torch.compile(fake_fn, backend=backend)(*fake_args, **fake_kwargs)
         finally:
-            torch._dynamo.reset()
+            reset_dynamo()
     return merge(reports)
 
 
@@ -139,7 +141,6 @@ def merge(reports: Sequence[FusionReport]) -> FusionReport:
 
 @contextlib.contextmanager
 def _fake() -> Generator[FakeTensorMode]:
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True) as mode:
         yield mode

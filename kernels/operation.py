@@ -16,6 +16,7 @@ from torch import Tensor
 from fx_fusion.decline import Decline
 from fx_fusion.graph.edit import Emitter
 from fx_fusion.graph.nodes import value_of
+from fx_fusion.graph.torch_compat import OpOverload
 from fx_fusion.kernels.call import AnyCall, changed_defaults, schema, tensor_names, written_names
 from fx_fusion.kernels.capture_guard import only_warm
 from fx_fusion.kernels.insert import Results, insert_operation
@@ -157,7 +158,7 @@ class Operation(Generic[C]):
         LIBRARY.define(self.schema, tags=(torch.Tag.needs_exact_strides,))
         LIBRARY.impl(name, self.run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"fx_fusion::{name}", self._fake, lib=LIBRARY)
-        self.overload: torch._ops.OpOverload = getattr(torch.ops.fx_fusion, name).default
+        self.overload: OpOverload = getattr(torch.ops.fx_fusion, name).default
         OPERATIONS[name] = self
 
     def __iter__(self) -> Iterator[Implementation[C]]:

@@ -101,3 +101,37 @@ def test_the_engine_names_no_code_of_a_fusion(module):
     source = MODULES[f"fx_fusion.{module}"].read_text()
     named = [code for code in CODES if f'"{code}"' in source]
     assert {code.split(".")[0] for code in named} <= {"graph", "report", "internal"}, named
+
+
+def _private_names(module: str) -> Iterator[str]:
+    """What of PyTorch lies behind an underscore, or is called experimental; operations have names of their own."""
+    tree = ast.parse(MODULES[module].read_text())
+    chains = [_dotted(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    imported = [name for node in ast.walk(tree) for name in _names_imported(node)]
+    for name in (*chains, *imported):
+        parts = name.split(".")
+        inner = [part for part in parts[1:] if not part.startswith("__")]
+        is_private = any(part.startswith("_") or part == "experimental" for part in inner)
+        if parts[0] == "torch" and parts[1:2] != ["ops"] and is_private:
+            yield name
+
+
+def _dotted(node: ast.expr) -> str:
+    if isinstance(node, ast.Attribute):
+        return f"{_dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def _names_imported(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        return [f"{node.module}.{alias.name}" for alias in node.names]
+    return []
+
+
+def test_only_torch_compat_names_what_pytorch_keeps_private():
+    found = {module: sorted(set(_private_names(module))) for module in MODULES}
+    named = {module: names for module, names in found.items() if names}
+    assert list(named) == ["fx_fusion.graph.torch_compat"], named
+    assert len(named["fx_fusion.graph.torch_compat"]) > 40

@@ -16,14 +16,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
-from torch.utils import _pytree as pytree
 
 from fx_fusion.decline import Decline
 from fx_fusion.graph import operations as opset
 from fx_fusion.graph.operations import aten
 from fx_fusion.graph.sizes import Sizes
+from fx_fusion.graph.torch_compat import FakeTensor, HigherOrderOperator, pytree
 from fx_fusion.proof.certificate import _certify_root
 from fx_fusion.proof.evaluate import Arithmetic, evaluate, schedule
 from fx_fusion.proof.region_function import TOLERANCE, relative_difference
@@ -108,7 +107,7 @@ def _rounds_below(node: Node, floor: torch.dtype | None) -> bool:
 
 def free_key(node: Node) -> tuple[Any, ...]:
     """Equal for free steps that may be the same: the operation, and of a higher-order one, what it calls."""
-    if isinstance(node.target, torch._ops.HigherOrderOperator):
+    if isinstance(node.target, HigherOrderOperator):
         return (node.target.name(), str(node.args[0]) if node.args else "")
     return (str(node.target),)
 

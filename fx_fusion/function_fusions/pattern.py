@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
 from fx_fusion.function_fusions.parameters import Kind, Parameter, Variant, asked, read_parameters, variants
+from fx_fusion.graph.torch_compat import disable_current_modes
 from fx_fusion.graph.tracing import Functional, NotTraceable, fakes_like, quiet, trace
 
 #: Shapes that a tensor of a made-up example may have. Sizes that mean different things differ.
@@ -105,7 +105,7 @@ def _made_up(fn: Callable[..., Any], parameters: Sequence[Parameter], variant: V
         numbers: dict[str, int | float] = {**floats, **dict(zip(ints, whole, strict=True))}
         others = {**variant, **numbers}
         try:
-            with quiet(), _disable_current_modes(), torch.no_grad():
+            with quiet(), disable_current_modes(), torch.no_grad():
                 fn(**tensors, **others)
         except Exception as error:
             last = last or error

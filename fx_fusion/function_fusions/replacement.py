@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from fx_fusion.decline import Decline
 from fx_fusion.function_fusions.samples import distinct, is_index
+from fx_fusion.graph.torch_compat import pytree
 
 Function = Callable[..., Any]
 Tensors = Mapping[str, torch.Tensor]

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch.fx import Node
-from torch.utils import _pytree as pytree
 
 from fx_fusion.decline import Decline
 from fx_fusion.function_fusions.cuts import Cut, Likeness, Locator, Outline, binding_orders
@@ -21,6 +20,7 @@ from fx_fusion.graph import operations as opset
 from fx_fusion.graph.analysis import Facts
 from fx_fusion.graph.paths import Branch, branch_key
 from fx_fusion.graph.sizes import Sizes
+from fx_fusion.graph.torch_compat import pytree
 from fx_fusion.graph.tracing import Functional, NotTraceable, fakes_like, trace
 from fx_fusion.proof.evaluate import schedule
 from fx_fusion.proof.region_function import TOLERANCE

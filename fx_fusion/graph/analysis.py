@@ -12,6 +12,7 @@ from torch.fx import Graph, Node
 from fx_fusion.graph import operations as opset
 from fx_fusion.graph.operations import aten
 from fx_fusion.graph.sizes import Sizes, admissible_sizes
+from fx_fusion.graph.torch_compat import OpOverload
 
 
 class Facts:
@@ -121,7 +122,7 @@ def _live(nodes: list[Node]) -> set[Node]:
     impure: dict[Any, bool] = {}
     for node in nodes:
         # Of an operation of PyTorch the answer is the same whatever its arguments, and torch takes long to give it.
-        question = node.target if isinstance(node.target, torch._ops.OpOverload) else node
+        question = node.target if isinstance(node.target, OpOverload) else node
         if question not in impure:
             impure[question] = node.is_impure()
         if impure[question]:
@@ -155,7 +156,7 @@ def _value_key(node: Node, numbers: dict[Node, int]) -> Hashable:
 
 
 def _is_pure(node: Node) -> bool:
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not isinstance(node.target, OpOverload):
         return callable(node.target) and getattr(node.target, "__module__", "") == "_operator"
     return not node.target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in node.target.tags
 

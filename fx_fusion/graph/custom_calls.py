@@ -13,22 +13,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._higher_order_ops.auto_functionalize import (
-    AliasViewInfo,
-    AsStridedViewInfo,
-    NotView,
-    SliceViewInfo,
-    auto_functionalized,
-    auto_functionalized_v2,
-    get_mutable_args,
-    read_view_information_from_args,
-)
 from torch.fx import Node
 from torch.fx.node import map_aggregate
 
 from fx_fusion.decline import Decline
 from fx_fusion.graph.nodes import value_of
 from fx_fusion.graph.strided import Box, box_of, cut, disjoint, whole
+from fx_fusion.graph.torch_compat import (
+    AliasViewInfo,
+    AsStridedViewInfo,
+    NotView,
+    OpOverload,
+    SliceViewInfo,
+    auto_functionalized,
+    auto_functionalized_v2,
+    get_mutable_args,
+    read_view_information_from_args,
+)
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class OpaqueCall:
     """
 
     node: Node
-    op: torch._ops.OpOverload
+    op: OpOverload
     arguments: Mapping[str, Any]
     written: tuple[str, ...]
     parts: Mapping[str, Part]
@@ -78,17 +79,17 @@ class OpaqueCall:
         return max(1, self.returns)
 
 
-def operation(node: Node) -> torch._ops.OpOverload | None:
+def operation(node: Node) -> OpOverload | None:
     """The operation outside ATen that `node` calls, functionalised or not."""
     if node.op != "call_function":
         return None
     op = node.args[0] if node.target in (auto_functionalized, auto_functionalized_v2) and node.args else node.target
-    if not isinstance(op, torch._ops.OpOverload) or op.namespace in ("aten", "prims"):
+    if not isinstance(op, OpOverload) or op.namespace in ("aten", "prims"):
         return None
     return op
 
 
-def read_call(node: Node, op: torch._ops.OpOverload) -> OpaqueCall:
+def read_call(node: Node, op: OpOverload) -> OpaqueCall:
     """Raises Decline ``meaning.in_place`` or ``meaning.views``."""
     names = [argument.name for argument in op._schema.arguments]
     if node.target is auto_functionalized:
@@ -101,7 +102,7 @@ def read_call(node: Node, op: torch._ops.OpOverload) -> OpaqueCall:
     return OpaqueCall(node, op, {**dict(zip(names, node.args, strict=False)), **node.kwargs}, (), {})
 
 
-def _read_v2(node: Node, op: torch._ops.OpOverload) -> OpaqueCall:
+def _read_v2(node: Node, op: OpOverload) -> OpaqueCall:
     names, types = get_mutable_args(op)
     given: dict[str, Any] = dict(node.kwargs)
     bases: list[Node] = given.pop("_all_bases")

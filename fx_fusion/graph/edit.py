@@ -10,15 +10,13 @@ from typing import Any, Protocol, TypeVar
 
 import sympy
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate
-from torch.utils import _pytree as pytree
-from torch.utils._sympy.functions import FloorDiv, Min
 
 from fx_fusion.graph.nodes import value_of
 from fx_fusion.graph.operations import aten
 from fx_fusion.graph.sizes import same
+from fx_fusion.graph.torch_compat import FakeTensor, FloorDiv, Min, pytree
 
 Size = int | torch.SymInt
 

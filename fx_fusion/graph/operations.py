@@ -13,8 +13,9 @@ from __future__ import annotations
 import operator
 
 import torch
-from torch._inductor import inductor_prims
 from torch.fx import Node
+
+from fx_fusion.graph.torch_compat import HAS_FMA, OpOverload
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -58,7 +59,7 @@ COMPLEX = frozenset({aten.view_as_complex.default, aten.view_as_real.default, at
 CAST = frozenset({prims.convert_element_type.default, aten._to_copy.default})
 
 #: What Dynamo makes of ``addcmul_`` with a factor, in the versions of PyTorch that have it.
-_FUSED_MULTIPLY_ADD = frozenset({prims.fma.default} if hasattr(inductor_prims, "fma") else ())
+_FUSED_MULTIPLY_ADD = frozenset({prims.fma.default} if HAS_FMA else ())
 
 ARITHMETIC = _FUSED_MULTIPLY_ADD | frozenset(
     {
@@ -135,7 +136,7 @@ def is_opaque(node: Node) -> bool:
     """A natural boundary: a graph input, a matrix product, or an operation outside ATen."""
     if node.op != "call_function":
         return True
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not isinstance(node.target, OpOverload):
         return node.target is not operator.getitem and not is_symbolic(node)
     if node.target.namespace not in ("aten", "prims"):
         return True

@@ -11,6 +11,7 @@ import torch
 from torch.fx import Node
 
 from fx_fusion.decline import Decline
+from fx_fusion.graph.torch_compat import hints
 
 #: Small sizes tried for a symbol, besides its lower bound. Neither equal nor multiples of one another, so that a
 #: layout that mixes two dimensions up cannot look right at all of them.
@@ -77,18 +78,19 @@ def admissible_sizes(nodes: Iterable[Node]) -> list[Sizes]:
             symbols.update(dict.fromkeys(sorted(size.node.expr.free_symbols, key=str)))
     if not symbols:
         return [Sizes()]
-    hints = {symbol: int(_hints(env)[symbol]) for symbol in symbols if symbol in _hints(env)}
-    classes = sorted(set(hints.values()))
+    traced_with = hints(env)
+    known = {symbol: int(traced_with[symbol]) for symbol in symbols if symbol in traced_with}
+    classes = sorted(set(known.values()))
     found: list[Sizes] = []
     for shift in range(len(_CANDIDATES)):
         chosen = {hint: _CANDIDATES[(i + shift) % len(_CANDIDATES)] for i, hint in enumerate(classes)}
-        values = {symbol: _clamp(env, symbol, chosen[hint]) for symbol, hint in hints.items()}
+        values = {symbol: _clamp(env, symbol, chosen[hint]) for symbol, hint in known.items()}
         sizes = Sizes(values)
         if sizes not in found and _admits(env, values):
             found.append(sizes)
         if len(found) == 2:
             return found
-    traced = Sizes(hints)
+    traced = Sizes(known)
     return [*found, traced] if traced not in found else found
 
 
@@ -102,11 +104,6 @@ def _sizes_of(value: Any) -> Iterable[torch.SymInt]:
 def _clamp(env: Any, symbol: sympy.Symbol, size: int) -> int:
     bounds = env.var_to_range[symbol]
     return int(min(max(size, bounds.lower), bounds.upper))
-
-
-def _hints(env: Any) -> Mapping[sympy.Symbol, int]:
-    """The sizes with which the graph was traced; symbols that depend on data have none."""
-    return env.backed_var_to_val if hasattr(env, "backed_var_to_val") else env.var_to_val
 
 
 def _admits(env: Any, values: Mapping[sympy.Symbol, int]) -> bool:

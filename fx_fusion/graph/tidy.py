@@ -8,21 +8,15 @@ from fx_fusion.graph import operations as opset
 from fx_fusion.graph.analysis import Facts
 from fx_fusion.graph.edit import EMITTED
 from fx_fusion.graph.operations import aten, prims
+from fx_fusion.graph.torch_compat import sort_topologically
 
 #: What a rewrite computes indices with where the graph does not hold them.
 _INDEX_ARITHMETIC = (prims.iota.default, aten.add.Tensor, aten.lt.Scalar, aten.where.self, aten.full.default)
 
 
-def sort(graph: Graph) -> None:
-    """Restore the topological order."""
-    from torch._inductor.pattern_matcher import stable_topological_sort
-
-    stable_topological_sort(graph)
-
-
 def finish(graph: Graph) -> None:
     """Restore the topological order, and drop what the calls made dead."""
-    sort(graph)
+    sort_topologically(graph)
     _share_views(graph)
     for node in reversed(list(graph.nodes)):
         if (

@@ -7,23 +7,29 @@ Triton kernel inside ``torch.library.triton_op`` becomes a launch that Inductor 
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._dispatch.python import enable_python_dispatcher
-from torch._guards import tracing
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_aggregate
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _disable_current_modes
 
 from fx_fusion.graph.nodes import value_of
+from fx_fusion.graph.torch_compat import (
+    FAKE_TENSOR_LOG,
+    FakeTensor,
+    FakeTensorMode,
+    FunctionalTensor,
+    FunctionalTensorMode,
+    decompositions,
+    disable_current_modes,
+    enable_python_dispatcher,
+    make_fx,
+    pytree,
+    tracing,
+    unwrapped,
+)
 
 
 class NotTraceable(Exception):
@@ -72,11 +78,13 @@ def trace(fn: Callable[..., Any], tensors: Mapping[str, torch.Tensor], others: M
             result = fn(**dict(zip(names, wrapped, strict=True)), **others)
             leaves = [leaf for leaf in pytree.tree_leaves(result) if leaf is not None]
             seen["leaves"] = leaves
-            return [_unwrap(leaf) for leaf in leaves if isinstance(leaf, FunctionalTensor)], list(map(_unwrap, wrapped))
+            return [unwrapped(leaf) for leaf in leaves if isinstance(leaf, FunctionalTensor)], list(
+                map(unwrapped, wrapped)
+            )
 
     try:
-        with _tracing(tensors) as decompositions:
-            module = make_fx(functionalised, decomposition_table=decompositions, tracing_mode="real")(*tensors.values())
+        with _tracing(tensors) as table:
+            module = make_fx(functionalised, decomposition_table=table, tracing_mode="real")(*tensors.values())
     except Exception as error:
         raise NotTraceable(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
     strangers = [leaf for leaf in seen["leaves"] if not isinstance(leaf, FunctionalTensor)]
@@ -98,33 +106,25 @@ def _fake_run(node: Node) -> Any:
 @contextlib.contextmanager
 def quiet() -> Generator[None]:
     """PyTorch logs a traceback for every operation that refuses its operands: here that is nothing unusual."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    before = log.disabled
-    log.disabled = True
+    before = FAKE_TENSOR_LOG.disabled
+    FAKE_TENSOR_LOG.disabled = True
     try:
         yield
     finally:
-        log.disabled = before
+        FAKE_TENSOR_LOG.disabled = before
 
 
 def fakes_like(shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[str, torch.Tensor]:
     """Fake CPU tensors of these shapes and dtypes."""
-    with _disable_current_modes(), FakeTensorMode(allow_non_fake_inputs=True):
+    with disable_current_modes(), FakeTensorMode(allow_non_fake_inputs=True):
         return {name: torch.empty(shape, dtype=dtype, device="cpu") for name, (shape, dtype) in shapes.items()}
-
-
-def _unwrap(tensor: Any) -> torch.Tensor:
-    torch._sync(tensor)
-    return torch._from_functional_tensor(tensor.elem)
 
 
 @contextlib.contextmanager
 def _tracing(tensors: Mapping[str, torch.Tensor]) -> Generator[Any]:
-    from torch._inductor.decomposition import select_decomp_table
-
     mode = next(tensor.fake_mode for tensor in tensors.values() if isinstance(tensor, FakeTensor))
-    with quiet(), _disable_current_modes(), mode, enable_python_dispatcher(), torch.no_grad(), tracing(None):
-        yield select_decomp_table()
+    with quiet(), disable_current_modes(), mode, enable_python_dispatcher(), torch.no_grad(), tracing(None):
+        yield decompositions()
 
 
 def _functional(module: GraphModule, names: list[str]) -> Functional:

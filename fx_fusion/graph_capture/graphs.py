@@ -8,8 +8,8 @@ while tracing, and is called ``cuda:0`` afterwards.
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -17,11 +17,22 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch._dynamo.utils import counters
-from torch._guards import TracingContext
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node
-from torch.utils import _pytree as pytree
+
+from fx_fusion.graph.torch_compat import (
+    FakeCopyMode,
+    FakeTensor,
+    FakeTensorMode,
+    ShapeEnv,
+    TracingContext,
+    aot_module,
+    counters,
+    decompositions,
+    dynamo_config,
+    pytree,
+    reset_dynamo,
+)
+from fx_fusion.graph.tracing import quiet
 
 GPU = torch.device("cuda", 0)
 _STAND_IN = torch.device("meta")
@@ -80,21 +91,20 @@ def trace(
 
 
 def _trace(value: tuple[Any, Any, Any], gpu: torch.device, on_host: Sequence[torch.Tensor]) -> Trace:
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     traced = Trace()
     breaks = Counter(counters["graph_break"])
     with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True) as mode, torch.no_grad():
         fake_fn, fake_args, fake_kwargs = _fakes(mode, value, gpu, on_host)
         _settle(fake_fn, fake_args, fake_kwargs)
-        torch._dynamo.reset()
+        reset_dynamo()
         try:
-            with torch._dynamo.config.patch(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True):
+            with dynamo_config.patch(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True):
                 torch.compile(fake_fn, backend=_recorder(traced))(*fake_args, **fake_kwargs)
         except Exception as error:
             traced.error = error
         finally:
-            torch._dynamo.reset()
+            reset_dynamo()
     traced.breaks = [str(reason) for reason in Counter(counters["graph_break"]) - breaks]
     return traced
 
@@ -104,21 +114,11 @@ def _settle(fn: Callable[..., Any], args: Any, kwargs: Any) -> None:
 
     What fails here fails again while it is traced, so it is not logged twice.
     """
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    level = log.level
-    log.setLevel(logging.CRITICAL)
-    try:
+    with quiet(), contextlib.suppress(Exception):
         fn(*args, **kwargs)
-    except Exception:
-        return
-    finally:
-        log.setLevel(level)
 
 
 def _recorder(traced: Trace) -> Callable[..., Any]:
-    from torch._functorch.aot_autograd import aot_module_simplified
-    from torch._inductor.decomposition import select_decomp_table
-
     def backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         before = copy.deepcopy(gm.graph)
 
@@ -128,12 +128,12 @@ def _recorder(traced: Trace) -> Callable[..., Any]:
             return _boxed(aten)
 
         compiler: Any = record
-        return aot_module_simplified(
+        return aot_module(
             gm,
-            list(example_inputs),
+            example_inputs,
             fw_compiler=compiler,
             inference_compiler=compiler,
-            decompositions=select_decomp_table(),
+            decompositions=decompositions(),
             keep_inference_input_mutations=True,
         )
 

@@ -7,9 +7,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.fx import Graph, GraphModule, Node
-from torch.utils import _pytree as pytree
 
 from fx_fusion.graph.operations import aten, prims
+from fx_fusion.graph.torch_compat import (
+    HigherOrderOperator,
+    OpOverload,
+    free_unbacked_symbols,
+    move_constructors,
+    pytree,
+    uncapturable_operations,
+)
 
 
 class Found(NamedTuple):
@@ -106,15 +113,13 @@ def _moved_to_the_gpu(graph: Graph) -> frozenset[Node]:
     """Tensors made on the CPU that Inductor makes on the GPU instead, and all that is computed from them alone."""
     if not any(node.op == "call_function" and _on_host(node) for node in graph.nodes):
         return frozenset()
-    from torch._inductor.fx_passes.post_grad import ConstructorMoverPass
-
     copied = Graph()
     nodes: dict[Node, Node] = {}
     copied.output(copied.graph_copy(graph, nodes))
     for node, its_copy in nodes.items():
         its_copy.meta = dict(node.meta)
     before = {node: its_copy.kwargs.get("device") for node, its_copy in nodes.items()}
-    ConstructorMoverPass("cuda")(copied)
+    move_constructors(copied, "cuda")
     moved: set[Node] = set()
     for node in nodes:
         sources = [parent for parent in node.all_input_nodes if _on_host(parent)]
@@ -207,8 +212,6 @@ def _waits(view: View, node: Node) -> tuple[str, str] | None:
 
 def _unbacked(node: Node) -> set[Any]:
     """The sizes and numbers of `node` that no one knows before it has run."""
-    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
-
     value: Any = node.meta.get("val")
     return set(free_unbacked_symbols(value)) if value is not None else set()
 
@@ -241,20 +244,18 @@ def _unsafe(view: View, node: Node) -> tuple[str, str] | None:
         indices = [index for index in pytree.tree_leaves(node.args[1]) if isinstance(index, Node)]
         if any(index.meta["val"].dtype in (torch.bool, torch.uint8) for index in indices):
             return "capture.unsafe_op", "a boolean index of a store: its length is read back"
-    tags = target.tags if isinstance(target, torch._ops.OpOverload) else ()
+    tags = target.tags if isinstance(target, OpOverload) else ()
     if getattr(torch.Tag, "cudagraph_unsafe", None) in tags or str(target) in _forbidden():
         return "capture.unsafe_op", f"PyTorch captures no {target}"
-    if isinstance(target, torch._ops.HigherOrderOperator) and target.name() in ("cond", "while_loop"):
+    if isinstance(target, HigherOrderOperator) and target.name() in ("cond", "while_loop"):
         return "capture.control_flow", f"torch.{target.name()} reads its condition on the host"
     return None
 
 
 def _forbidden() -> Collection[str]:
     """PyTorch's own list, less what is told by another name here."""
-    from torch._inductor import utils
-
     told = {"aten._local_scalar_dense", "aten._assert_scalar"}
-    return set(getattr(utils, "FORBIDDEN_CUDAGRAPH_OPS", ())) - told
+    return set(uncapturable_operations()) - told
 
 
 def _stream(view: View, node: Node) -> tuple[str, str] | None:
@@ -268,12 +269,12 @@ def _random(view: View, node: Node) -> tuple[str, str] | None:
 
 
 def _is_drawn(node: Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+    return isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
 
 
 def _collective(view: View, node: Node) -> tuple[str, str] | None:
     target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or target.namespace not in _COLLECTIVES:
+    if not isinstance(target, OpOverload) or target.namespace not in _COLLECTIVES:
         return None
     if "wait_tensor" in str(target):
         return None

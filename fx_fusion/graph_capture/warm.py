@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._dynamo.callback import CallbackArgs, CallbackTrigger, callback_handler
-from torch._dynamo.utils import counters
-from torch.utils import _pytree as pytree
 
+from fx_fusion.graph.torch_compat import CallbackArgs, CallbackTrigger, callback_handler, counters, pytree
 from fx_fusion.kernels.capture_guard import refuse_in_capture
 from fx_fusion.kernels.qk_norm_rope_cache import self_check
 from fx_fusion.kernels.qk_norm_rope_cache.self_check import Verdict

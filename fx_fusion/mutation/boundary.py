@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Node
-from torch.utils import _pytree as pytree
 
+from fx_fusion.graph.torch_compat import pytree
 from fx_fusion.mutation.mutants import Mutant, copies
 from fx_fusion.mutation.region import region
 

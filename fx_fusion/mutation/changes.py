@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, Node
-from torch.utils import _pytree as pytree
 
 from fx_fusion.decline import first_source_line
 from fx_fusion.graph import operations as opset
+from fx_fusion.graph.torch_compat import pytree
 from fx_fusion.mutation.region import is_store, region, tensor_of
 
 aten = torch.ops.aten

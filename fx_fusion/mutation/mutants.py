@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate
-from torch.utils import _pytree as pytree
 
 from fx_fusion.config import Config
 from fx_fusion.fusion_pass import apply
 from fx_fusion.graph.nodes import value_of
+from fx_fusion.graph.torch_compat import compile_fx, pytree, reset_dynamo, view_to_reshape
 from fx_fusion.graph.tracing import quiet
 from fx_fusion.mutation.changes import propose
 from fx_fusion.mutation.region import is_store, region, tensor_of
@@ -99,9 +99,6 @@ def capture(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, An
     Raises:
         ValueError: there are several graphs, and not exactly one stores into an input.
     """
-    from torch._inductor.compile_fx import compile_fx
-    from torch._inductor.fx_passes.post_grad import view_to_reshape
-
     found: list[tuple[GraphModule, tuple[Any, ...]]] = []
 
     def inner(gm: GraphModule, _: Sequence[Any], **__: Any) -> Callable[..., Any]:
@@ -119,14 +116,14 @@ def capture(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, An
 
     def backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Any:
         hook: Any = inner
-        return compile_fx(gm, list(example_inputs), inner_compile=hook, config_patches={"force_disable_caches": True})
+        return compile_fx(gm, example_inputs, inner_compile=hook, config_patches={"force_disable_caches": True})
 
-    torch._dynamo.reset()
+    reset_dynamo()
     try:
         with torch.no_grad():
             torch.compile(fn, backend=backend, dynamic=False)(*args, **(kwargs or {}))
     finally:
-        torch._dynamo.reset()
+        reset_dynamo()
     storing = [(gm, inputs) for gm, inputs in found if any(is_store(node) for node in gm.graph.nodes)]
     chosen = storing if len(found) > 1 else found
     if len(chosen) != 1:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Interpreter
 from torch.fx.node import map_aggregate
-from torch.utils import _pytree as pytree
 
+from fx_fusion.graph.torch_compat import pytree
 from fx_fusion.mutation.boundary import Poke, Trial, trials
 from fx_fusion.mutation.mutants import Mutant, copies
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from fx_fusion.graph.torch_compat import OpOverload, OpOverloadPacket
+
 _LITERALS = (bool, int, float, complex, str, bytes, type(None), type(...), torch.dtype, torch.device)
 
 
@@ -40,7 +42,7 @@ def _image(value: Any, seen: set[int]) -> Any:
         return ("method", _image(value.__func__, seen), _image(value.__self__, seen))
     if isinstance(value, (types.BuiltinFunctionType, type)):
         return _named(value)
-    if isinstance(value, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+    if isinstance(value, (OpOverload, OpOverloadPacket)):
         return ("operation", str(value))
     raise TypeError(f"{value!r} has no stable description")
 

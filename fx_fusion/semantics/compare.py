@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from fx_fusion.graph.sizes import Sizes
+from fx_fusion.graph.torch_compat import OpOverload, pytree
 from fx_fusion.proof.floats import NATIVE_TOLERANCE
 from fx_fusion.proof.region_function import relative_difference
 from fx_fusion.semantics.meaning import Meaning, arrange, call_meaning, qualified_name
@@ -49,7 +49,7 @@ class Comparisons:
     def of(
         self,
         meaning: Meaning,
-        op: torch._ops.OpOverload,
+        op: OpOverload,
         sample: Mapping[str, Any],
         written: Sequence[str],
         sizes: Sizes,
@@ -72,7 +72,7 @@ def _use(value: Any) -> Any:
 
 def _compare(
     meaning: Meaning,
-    op: torch._ops.OpOverload,
+    op: OpOverload,
     sample: Mapping[str, Any],
     written: Sequence[str],
     sizes: Sizes,
@@ -104,7 +104,7 @@ def _compare(
     return Comparison(place, worst)
 
 
-def _calls(op: torch._ops.OpOverload) -> Callable[[Mapping[str, Any]], Any]:
+def _calls(op: OpOverload) -> Callable[[Mapping[str, Any]], Any]:
     def call(given: Mapping[str, Any]) -> Any:
         places, named = arrange(op, given, by_name=False)
         return op(*places, **named)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fx_fusion.graph.torch_compat import OpOverload, OpOverloadPacket
 from fx_fusion.semantics.code_identity import describe
 from fx_fusion.semantics.libraries import READY_MADE
 from fx_fusion.semantics.meaning import Function, Meaning, qualified_name, signature_mismatch
@@ -45,7 +46,7 @@ class Meanings:
         self._declared[meaning.name] = meaning
         return MeaningHandle(self._declared, meaning)
 
-    def of(self, op: torch._ops.OpOverload) -> Meaning | None:
+    def of(self, op: OpOverload) -> Meaning | None:
         """What `op` is declared to compute; None if nothing is."""
         name = qualified_name(op)
         found = self._declared.get(name) or READY_MADE.get(name)
@@ -114,7 +115,7 @@ def declare_meaning(op: Any, fn: Any = ..., *, example: Callable[[dict[str, Any]
 
 def _declare(
     name: str,
-    overload: torch._ops.OpOverload | None,
+    overload: OpOverload | None,
     fn: Function | None,
     example: Callable[[dict[str, Any]], None] | None,
 ) -> MeaningHandle:
@@ -129,17 +130,17 @@ def _declare(
     return MEANINGS.add(Meaning(name, fn, example))
 
 
-def _identify(op: Any) -> tuple[str, torch._ops.OpOverload | None]:
+def _identify(op: Any) -> tuple[str, OpOverload | None]:
     """The qualified name of `op`, and `op` itself where it is registered."""
     op = getattr(op, "_opoverload", op)
     if isinstance(op, str):
         return _named(op)
-    if isinstance(op, torch._ops.OpOverloadPacket):
+    if isinstance(op, OpOverloadPacket):
         overloads = op.overloads()
         if "default" not in overloads and len(overloads) != 1:
             raise TypeError(f"declare_meaning: {op} has overloads {', '.join(overloads)}; name one of them")
         op = getattr(op, "default" if "default" in overloads else overloads[0])
-    if not isinstance(op, torch._ops.OpOverload):
+    if not isinstance(op, OpOverload):
         raise TypeError(
             "declare_meaning: expected an operation (torch.ops.namespace.name) or its name ('namespace::name'), "
             f"got {op!r}"
@@ -149,7 +150,7 @@ def _identify(op: Any) -> tuple[str, torch._ops.OpOverload | None]:
     return qualified_name(op), op
 
 
-def _named(name: str) -> tuple[str, torch._ops.OpOverload | None]:
+def _named(name: str) -> tuple[str, OpOverload | None]:
     namespace, separator, rest = name.partition("::")
     base, _, overload = rest.partition(".")
     if not (separator and namespace.isidentifier() and base.isidentifier()):

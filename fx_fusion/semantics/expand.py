@@ -7,10 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch._higher_order_ops.auto_functionalize import auto_functionalized_v2
 from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate
-from torch.utils import _pytree as pytree
 
 from fx_fusion.graph import operations as opset
 from fx_fusion.graph import strided as boxes
@@ -18,6 +16,7 @@ from fx_fusion.graph.custom_calls import OpaqueCall, Part
 from fx_fusion.graph.edit import Emitter, fake_run
 from fx_fusion.graph.nodes import value_of
 from fx_fusion.graph.operations import aten
+from fx_fusion.graph.torch_compat import auto_functionalized_v2, pytree
 from fx_fusion.semantics.compare import Comparison
 from fx_fusion.semantics.meaning import Meaning
 from fx_fusion.semantics.traced import TracedMeaning, complete, is_input

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, Node
-from torch.utils import _pytree as pytree
 
 from fx_fusion.decline import Decline
 from fx_fusion.graph import strided as boxes
@@ -23,6 +22,7 @@ from fx_fusion.graph.edit import Emitter
 from fx_fusion.graph.nodes import value_of
 from fx_fusion.graph.operations import aten
 from fx_fusion.graph.sizes import Sizes, admissible_sizes
+from fx_fusion.graph.torch_compat import OpOverload, pytree
 from fx_fusion.semantics.compare import COMPARISONS
 from fx_fusion.semantics.declare import MEANINGS
 from fx_fusion.semantics.expand import Expansion, insert, refresh
@@ -163,7 +163,7 @@ def inline(graph: Graph) -> Inlined:
 def _expand(
     done: Inlined,
     node: Node,
-    op: torch._ops.OpOverload,
+    op: OpOverload,
     meaning: Meaning,
     traced: dict[Any, TracedMeaning | str],
 ) -> None:
@@ -221,7 +221,7 @@ def _leaf_signature(leaf: Any) -> Any:
     return (type(leaf).__name__, str(leaf))
 
 
-def _check_outputs(node: Node, op: torch._ops.OpOverload, call: OpaqueCall, traced: TracedMeaning) -> None:
+def _check_outputs(node: Node, op: OpOverload, call: OpaqueCall, traced: TracedMeaning) -> None:
     """The results have the shapes and dtypes that the operation's own fake implementation gives."""
     for i in range(call.returns):
         actual = traced.outputs[i]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
+from fx_fusion.graph.torch_compat import OpOverload
 
 Function = Callable[..., Any]
 
@@ -44,12 +44,12 @@ class Hidden(NamedTuple):
     attention: bool = False
 
 
-def qualified_name(op: torch._ops.OpOverload) -> str:
+def qualified_name(op: OpOverload) -> str:
     """``namespace::name.overload``"""
     return f"{op._schema.name}.{op._overloadname}"
 
 
-def signature_mismatch(op: torch._ops.OpOverload, fn: Function) -> str | None:
+def signature_mismatch(op: OpOverload, fn: Function) -> str | None:
     """What keeps `fn` from being called with the arguments of `op`; None if nothing does."""
     title = getattr(fn, "__qualname__", repr(fn))
     try:
@@ -73,14 +73,14 @@ def signature_mismatch(op: torch._ops.OpOverload, fn: Function) -> str | None:
     return None
 
 
-def call_meaning(fn: Function, op: torch._ops.OpOverload, given: Mapping[str, Any]) -> Any:
+def call_meaning(fn: Function, op: OpOverload, given: Mapping[str, Any]) -> Any:
     """``fn`` with the arguments `given`: by name if it has all of the schema's names, else in the schema's order."""
     parameters = inspect.signature(fn).parameters
     places, named = arrange(op, given, by_name=all(each.name in parameters for each in op._schema.arguments))
     return fn(*places, **named)
 
 
-def arrange(op: torch._ops.OpOverload, given: Mapping[str, Any], *, by_name: bool) -> tuple[list[Any], dict[str, Any]]:
+def arrange(op: OpOverload, given: Mapping[str, Any], *, by_name: bool) -> tuple[list[Any], dict[str, Any]]:
     """Arguments of `op`, in order and by name; for one that is missing, the schema's default."""
     places: list[Any] = []
     named: dict[str, Any] = {}

@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.func import functionalize
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils import _pytree as pytree
 
 from fx_fusion.graph.operations import aten
+from fx_fusion.graph.torch_compat import FakeTensor, FakeTensorMode, OpOverload, decompositions, make_fx, pytree
 from fx_fusion.semantics.meaning import arrange, call_meaning
 
 
@@ -40,7 +38,7 @@ class TracedMeaning:
 
 def trace(
     fn: Callable[..., Any],
-    op: torch._ops.OpOverload,
+    op: OpOverload,
     arguments: Mapping[str, Any],
     written: Sequence[str],
 ) -> TracedMeaning:
@@ -78,7 +76,7 @@ def trace(
     return TracedMeaning(module, outputs if op._schema.returns else (None, *outputs[len(outputs) - after :]))
 
 
-def complete(op: torch._ops.OpOverload, given: Mapping[str, Any]) -> dict[str, Any]:
+def complete(op: OpOverload, given: Mapping[str, Any]) -> dict[str, Any]:
     """All arguments of `op` by name, in the schema's order."""
     return arrange(op, given, by_name=True)[1]
 
@@ -88,9 +86,7 @@ def is_input(value: Any) -> bool:
 
 
 def _make_fx(run: Callable[..., Any], mode: FakeTensorMode, inputs: Sequence[Any]) -> GraphModule:
-    from torch._inductor.decomposition import select_decomp_table
-
-    table = {**select_decomp_table(), aten.copy.default: _copied}
+    table = {**decompositions(), aten.copy.default: _copied}
     separate = [value.detach() if isinstance(value, torch.Tensor) else value for value in inputs]
     try:
         with mode, torch.no_grad():

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fx_fusion.decline import Decline
 from fx_fusion.graph import operations as opset
@@ -16,6 +15,7 @@ from fx_fusion.graph.operations import aten, prims
 from fx_fusion.graph.paths import strip_views
 from fx_fusion.graph.sizes import Sizes, same
 from fx_fusion.graph.store_site import Store
+from fx_fusion.graph.torch_compat import statically_known_true
 from fx_fusion.kernels.qk_norm_rope_cache.cache_layout import Size
 from fx_fusion.patterns.qk_norm_rope_cache.branch.split import Heads
 from fx_fusion.patterns.qk_norm_rope_cache.cache_store.view import slice_of

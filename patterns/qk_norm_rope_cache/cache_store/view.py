@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch.fx import Node
-from torch.utils import _pytree as pytree
 
 from fx_fusion.decline import Decline
 from fx_fusion.graph import operations as opset
@@ -16,6 +15,7 @@ from fx_fusion.graph.overlap import may_overlap
 from fx_fusion.graph.paths import alias_steps
 from fx_fusion.graph.sizes import Sizes
 from fx_fusion.graph.store_site import SCATTERS, Store
+from fx_fusion.graph.torch_compat import pytree
 
 
 def view_of(store: Store, sizes: Sizes) -> torch.Tensor:
