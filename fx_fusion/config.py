@@ -12,6 +12,7 @@ from fx_fusion.kernels.target import Target
 
 PREFIX = "fx_fusion."
 INNER = ("inductor", "eager")
+TRUST = ("proved", "sampled")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
@@ -28,6 +29,8 @@ class Config:
         strict: an exception inside a reader fails the compilation instead of declining.
         inner: ``inductor``, or ``eager`` to run the rewritten graph without compiling it (debugging, quick tests).
         mode: a ``torch.compile`` mode, for use together with other options (torch.compile refuses both at once).
+        trust: what is enough to rewrite: ``proved`` (exactly, over finite fields), or ``sampled`` (on random floats,
+            where a region holds an operation that has no meaning there).
         target: check contracts for this place (``gfx942``, ``cuda``, …) instead of the tensors' own device.
     """
 
@@ -36,11 +39,13 @@ class Config:
     strict: bool = False
     inner: str = "inductor"
     mode: str | None = None
+    trust: str = "proved"
     target: str | None = None
 
     def __post_init__(self) -> None:
         _one_of("kernel", self.kernel, kernel_names())
         _one_of("inner", self.inner, INNER)
+        _one_of("trust", self.trust, TRUST)
         if self.mode is not None:
             _one_of("mode", self.mode, MODES)
         if type(self.require) is not int or self.require < 0:

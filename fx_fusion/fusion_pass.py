@@ -34,6 +34,8 @@ from fx_fusion.kernels.measure import tuned
 from fx_fusion.kernels.operation import OPERATIONS, KernelUnavailable
 from fx_fusion.kernels.target import Target
 from fx_fusion.observer import NOBODY, Observer
+from fx_fusion.proof.evidence import Evidence, Sampled, require
+from fx_fusion.proof.field import Proved
 from fx_fusion.report import REPORTS, FusionReport, LayerReport
 from fx_fusion.semantics.declare import MEANINGS
 from fx_fusion.semantics.inline import Inlined, inline
@@ -226,6 +228,8 @@ def _read(
     try:
         match = fusion.read(facts, candidate, memo)
         assessed = fusion.assess(match)
+        with reaching("proof"):
+            require(assessed.known, config.trust)
         with reaching("placement"):
             fusion.check(facts, match)
             inlined.check_stores(facts.live, *fusion.stores(match))
@@ -239,7 +243,7 @@ def _read(
         read=assessed.words,
         reading=assessed.reading,
         eligible=assessed.eligible,
-        error=assessed.error,
+        **_shown(assessed.known),
         node=str(candidate.anchor),
         source=first_source_line([candidate.anchor]),
         module=module_path(candidate.anchor),
@@ -252,6 +256,16 @@ def _read(
     except Decline as decline:
         return replace(read, code=decline.code, reason=decline.found, stage="contract"), match
     return replace(read, state="rewritten", kernel=kernel), match
+
+
+def _shown(evidence: Evidence | float) -> dict[str, Any]:
+    """As a report holds it."""
+    if isinstance(evidence, Proved):
+        literals = {repr(literal): number for literal, number in evidence.literals.items()}
+        return {"proof": "proved", "error_bits": evidence.bits, "literals": literals}
+    if isinstance(evidence, Sampled):
+        return {"proof": "sampled", "error": evidence.difference}
+    return {"error": evidence}
 
 
 def _spend_fuel() -> None:

@@ -70,7 +70,7 @@ class QkNormRopeCache(Fusion[Candidate, Lowered]):
     def assess(self, lowered: Lowered) -> Assessment:
         found = reading.read(lowered.match, lowered.call)
         eligible = OPERATION.eligible(lowered.call)
-        return Assessment(reading.words(found), asdict(found), lowered.match.error, eligible)
+        return Assessment(reading.words(found), asdict(found), lowered.match.evidence, eligible)
 
     def choose(self, lowered: Lowered, kernel: str, target: Target) -> str:
         return OPERATION.choose(kernel, lowered.call, target)
