@@ -154,7 +154,11 @@ def _take_rows(emit: Emitter, lanes: Lanes, grid: Grid) -> Node:
 
 
 def _as_reals(emit: Emitter, values: Node) -> Node:
-    return emit.call(aten.view_as_real.default, values) if opset.is_complex_tensor(values) else values
+    if not opset.is_complex_tensor(values):
+        return values
+    if values.meta["val"].is_conj():  # lazily: the numbers in memory are those of the original
+        values = emit.call(aten.resolve_conj.default, values)
+    return emit.call(aten.view_as_real.default, values)
 
 
 def _take_columns(emit: Emitter, table: Node, offset: int, step: int, count: int) -> Node:
