@@ -20,7 +20,7 @@ from fx_fusion.config import Config
 from fx_fusion.decline import OPAQUE, Decline, first_source_line, module_path, reaching
 from fx_fusion.fingerprint import Unreadable, fingerprint
 from fx_fusion.fusion import REGISTRY, AnyFusion, Candidate
-from fx_fusion.graph import tidy
+from fx_fusion.graph import tidy, transaction
 from fx_fusion.graph.analysis import Facts
 from fx_fusion.graph.torch_compat import (
     GraphPass,
@@ -197,11 +197,11 @@ def _apply_fusion(
         return
     memo: dict[object, Any] = {}
     layers: list[LayerReport] = []
-    matches: list[tuple[int, Any, str]] = []
+    matches: dict[int, tuple[Any, Any]] = {}
     for candidate in candidates:
         layer, match = _read(facts, fusion, candidate, memo, config, inlined)
         if layer.state == "rewritten":
-            matches.append((len(layers), match, str(layer.kernel)))
+            matches[len(layers)] = candidate, match
         layers.append(layer)
         observer.reads(fusion, facts, candidate, match, layer)
     refused = [_declined(fusion.name, decline) for decline in impossible]
@@ -209,13 +209,16 @@ def _apply_fusion(
     for layer in (*refused, *nothing):
         observer.reads(fusion, facts, None, None, layer)
     started = time.perf_counter()
-    for position, match, kernel in matches:
-        try:
-            fusion.rewrite(graph, match, kernel)
-            observer.rewrites(layers[position], graph)
-        except Exception as error:
-            layers[position] = _declined(fusion.name, _internal(error, config))
-    if matches:
+
+    def rewrite(position: int) -> None:
+        fusion.rewrite(graph, matches[position][1], str(layers[position].kernel))
+        observer.rewrites(layers[position], graph)
+
+    edits = {position: functools.partial(rewrite, position) for position in matches}
+    failed = transaction.apply_each(graph, edits, one_by_one=observer is not NOBODY)
+    for position, error in failed.items():
+        layers[position] = _not_rewritten(fusion.name, error, config, matches[position][0].anchor)
+    if len(failed) < len(matches):
         sort_topologically(graph)
     done.rewriting += time.perf_counter() - started
     done.layers += [*layers, *refused]
@@ -276,10 +279,17 @@ def _spend_fuel() -> None:
     _rewrites_done += 1
 
 
+def _not_rewritten(fusion: str, error: Exception, config: Config, anchor: Node) -> LayerReport:
+    """What is told of a layer whose rewrite failed, and was undone."""
+    decline = error if isinstance(error, Decline) else _internal(error, config)
+    decline.reached = decline.reached or "rewrite"
+    return _declined(fusion, decline, anchor)
+
+
 def _internal(error: Exception, config: Config) -> Decline:
     if config.strict or isinstance(error, KernelUnavailable):
         raise error
-    log.warning("fx_fusion: a reader raised, the layer stays unfused", exc_info=error)
+    log.warning("fx_fusion: a reader or a rewrite raised, the layer stays unfused", exc_info=error)
     return Decline("internal.error", f"{type(error).__name__}: {error}")
 
 

@@ -54,8 +54,6 @@ class Emit(Protocol[T]):
         """Is it known that `value` has this shape, so that no reshape is needed?"""
         ...
 
-    def is_complex(self, value: T) -> bool: ...
-
 
 class FakeEmitter:
     """Runs each step on fake values, and keeps in `made` what each gives. Adds no guard."""
@@ -78,9 +76,6 @@ class FakeEmitter:
 
     def has_shape(self, value: torch.Tensor, shape: Sequence[Size]) -> bool:
         return same(value.shape, shape)
-
-    def is_complex(self, value: torch.Tensor) -> bool:
-        return value.is_complex()
 
 
 def _without_guards(mode: Any) -> contextlib.AbstractContextManager[Any]:
@@ -116,9 +111,6 @@ class Emitter:
 
     def has_shape(self, value: Node, shape: Sequence[Size]) -> bool:
         return same(value.meta["val"].shape, shape)
-
-    def is_complex(self, value: Node) -> bool:
-        return value.meta["val"].is_complex()
 
     def call_with_value(self, value: Any, target: Any, *args: Any, **kwargs: Any) -> Node:
         """A new node whose fake value is already known."""

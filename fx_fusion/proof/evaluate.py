@@ -112,6 +112,10 @@ def _run(node: Node, values: Mapping[Node, Any], sizes: Sizes, arithmetic: Arith
         return sizes.value(node)
     if node.op != "call_function":
         raise Decline("region.evaluation", f"{node} is a graph input whose value must not be read", [node])
+    if opset.draws(node):
+        raise Decline(
+            "region.evaluation", f"{node} draws random numbers: one value does not stand for the next", [node]
+        )
     if opset.is_cast(node) and arithmetic is not Arithmetic.NATIVE:
         return _cast(node, values, arithmetic)
 

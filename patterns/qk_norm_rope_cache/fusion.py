@@ -29,6 +29,7 @@ from fx_fusion.placement import (
     check_cache_address,
     check_convex,
     check_devices,
+    check_draws,
     check_old_cache,
     check_order,
     check_scales,
@@ -83,6 +84,7 @@ class QkNormRopeCache(Fusion[Candidate, Lowered]):
         check_sources(match.operands, [match.query.data, match.key.data, match.value_store.data])
         check_devices([*match.operands, *caches])
         check_convex(facts, match.operands, match.results)
+        check_draws(facts, match.operands, match.results)
         for cache in dict.fromkeys(caches):
             check_cache_address(cache)
         check_storage(caches)

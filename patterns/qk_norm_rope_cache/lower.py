@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch.fx import Graph, Node
 
+from fx_fusion.graph import operations as opset
 from fx_fusion.graph.edit import Emit, Emitter, take
 from fx_fusion.graph.operations import aten, prims
 from fx_fusion.graph.store_site import Store
@@ -167,21 +168,26 @@ def _heads(emit: Emit[T], data: Node, heads: Heads, grid: tuple[Any, Any]) -> T:
 
 def _angle_rows(emit: Emit[T], lanes: Lanes, grid: tuple[Any, Any]) -> T:
     """[B or 1, S, count]"""
-    rows = _as_reals(emit, emit.of(lanes.leaf))
+    rows = _as_reals(emit, lanes.leaf)
     return take(emit, rows, _rows(grid, lanes.per_batch), [(lanes.count, lanes.offset, lanes.step, lanes.width)])
 
 
 def _angle_columns(emit: Emit[T], columns: Columns) -> T:
     """[P, count]"""
-    table, size = emit.of(columns.table), columns.table.meta["val"].shape[0]
-    if emit.is_complex(table):
-        table = emit.call(aten.reshape.default, _as_reals(emit, table), [size, -1])
+    table = _as_reals(emit, columns.table)
+    if opset.is_complex_tensor(columns.table):
+        table = emit.call(aten.reshape.default, table, [columns.table.meta["val"].shape[0], -1])
     first, last = columns.offset, columns.offset + columns.step * (columns.count - 1)
     return emit.call(aten.slice.Tensor, table, 1, first, last + 1, columns.step)
 
 
-def _as_reals(emit: Emit[T], values: T) -> T:
-    return emit.call(aten.view_as_real.default, values) if emit.is_complex(values) else values
+def _as_reals(emit: Emit[T], node: Node) -> T:
+    values = emit.of(node)
+    if not opset.is_complex_tensor(node):
+        return values
+    if node.meta["val"].is_conj():  # lazily: the numbers in memory are those of the original
+        values = emit.call(aten.resolve_conj.default, values)
+    return emit.call(aten.view_as_real.default, values)
 
 
 def _slots(emit: Emit[T], index: Index, addresses: Addresses, grid: tuple[Any, Any], device: torch.device) -> T:

@@ -26,9 +26,9 @@ from fx_fusion.graph.paths import (
     Branch,
     Rotations,
     branch_between,
-    branch_key,
     data_cuts,
     is_moved_from,
+    numbered_branch,
     rows_of_tokens,
 )
 from fx_fusion.graph.store_site import Store, find_stores, pair_stores, tell_key_from_value
@@ -240,23 +240,23 @@ def _furthest(attempts: Iterator[Attempt]) -> tuple[Branch, RotatedHeads]:
 def _memoised(facts: Facts, branch: Branch, memo: Memo) -> RotatedHeads:
     """Equal branches are measured once: the key holds all that reading and proof depend on.
 
-    That includes the way from the origins of the frontier, the furthest that any reading looks back, to the branch.
+    That includes the way from the origins of the frontier, the furthest that any reading looks back, to the branch;
+    what the key numbers alike corresponds.
     """
     with reaching("operands"):
         taken = find_leaves(branch)
-    leaves = tuple(dict.fromkeys(leaf for each in taken.values() for leaf in each))
-    key = branch_key(branch, taken[Frontier.PARTS])
+    key, nodes = numbered_branch(branch, taken[Frontier.PARTS])
     if key not in memo:
         try:
-            memo[key] = (read_rotated_heads(branch, facts.sizes), leaves)
+            memo[key] = (read_rotated_heads(branch, facts.sizes), nodes)
         except Decline as decline:
             memo[key] = decline
     known = memo[key]
     if isinstance(known, Decline):
-        nodes = [branch.out] if known.nodes and known.nodes[0] not in branch.nodes else known.nodes
-        raise Decline(known.code, known.found, nodes, known.reached)
-    heads, its_leaves = known
-    heads = heads.on(dict(zip(its_leaves, leaves, strict=True)))
+        at = [branch.out] if known.nodes and known.nodes[0] not in branch.nodes else known.nodes
+        raise Decline(known.code, known.found, at, known.reached)
+    heads, its_nodes = known
+    heads = heads.on(dict(zip(its_nodes, nodes, strict=True)))
     return replace(heads, evidence=_in(branch, heads.evidence))
 
 

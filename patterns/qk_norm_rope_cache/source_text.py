@@ -157,11 +157,9 @@ def function(name: str, match: Match, labels: Mapping[Node, str], implementation
 
 @dataclass(frozen=True)
 class _Expression:
-    """Source text of a value; slices that are still to be written, and how many dimensions it has."""
+    """Source text of a value, and slices of it that are still to be written."""
 
     code: str
-    rank: int
-    is_complex: bool = False
     picked: Mapping[int, str] = field(default_factory=dict[int, str])
 
     def __str__(self) -> str:
@@ -178,8 +176,7 @@ class SourceEmitter:
         self._names = names
 
     def of(self, node: Node) -> _Expression:
-        value: torch.Tensor = node.meta["val"]
-        return _Expression(self._names.get(node, node.name), value.dim(), value.is_complex())
+        return _Expression(self._names.get(node, node.name))
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> _Expression:
         source, *rest = args
@@ -192,13 +189,10 @@ class SourceEmitter:
         """Of caches, which are written as they lie; what has tokens is always brought into its grid."""
         return not any(isinstance(size, str) for size in shape)
 
-    def is_complex(self, value: _Expression) -> bool:
-        return value.is_complex
-
 
 def _reshaped(source: _Expression, shape: Sequence[Any]) -> _Expression:
     sizes = [size if isinstance(size, str) else str(_numbers([size])[0]) for size in shape]
-    return _Expression(f"{source}.reshape({', '.join(sizes)})", len(sizes))
+    return _Expression(f"{source}.reshape({', '.join(sizes)})")
 
 
 def _sliced(source: _Expression, dim: int, start: int, stop: int, step: int) -> _Expression:
@@ -207,13 +201,18 @@ def _sliced(source: _Expression, dim: int, start: int, stop: int, step: int) -> 
 
 
 def _as_real(source: _Expression) -> _Expression:
-    return _Expression(f"torch.view_as_real({source})", source.rank + 1)
+    return _Expression(f"torch.view_as_real({source})")
+
+
+def _resolved(source: _Expression) -> _Expression:
+    return _Expression(f"{source}.resolve_conj()")
 
 
 _WRITTEN: Mapping[Any, Callable[..., _Expression]] = {
     aten.reshape.default: _reshaped,
     aten.slice.Tensor: _sliced,
     aten.view_as_real.default: _as_real,
+    aten.resolve_conj.default: _resolved,
 }
 
 
