@@ -78,6 +78,10 @@ class Implementation(ABC, Generic[C]):
         """As :meth:`run`, but never another kernel in its place: for those who compare and time."""
         return self.run(call, setting)
 
+    def found_wrong(self, call: C) -> str | None:
+        """Why :meth:`run` would have another kernel do `call`: what a check on this device found; None for nothing."""
+        return None
+
     def insert(self, emit: Emitter, operation: Operation[C], call: Any) -> Results:
         """Put `call`, whose tensors are nodes, into a functional graph. By default as the operation itself."""
         return insert_operation(emit, operation.overload, self.name, call, operation.empty(call.map(value_of)))

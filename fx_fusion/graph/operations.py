@@ -150,7 +150,7 @@ def draws(node: Node) -> bool:
 
     A dropout that drops nothing draws none.
     """
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not isinstance(node.target, OpOverload):
         return False
     if torch.Tag.nondeterministic_seeded not in node.target.tags:
         return False

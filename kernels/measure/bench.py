@@ -57,7 +57,11 @@ class Bench:
         reason = kernel.reason_against(self._calls[0], Target.of(self._device))
         if reason is not None:
             raise Refused(reason)
-        return self._time(functools.partial(kernel.trial, setting=setting))
+        spent = self._time(functools.partial(kernel.trial, setting=setting))
+        wrong = kernel.found_wrong(self._calls[0])
+        if wrong is not None:
+            raise Refused(wrong)
+        return spent
 
     def _time(self, run: Run) -> float:
         try:

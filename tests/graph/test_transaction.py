@@ -164,7 +164,8 @@ class Failing:
         finally:
             vars(graph).pop("inserting_before", None)
         if fails:
-            match.query.out.replace_all_uses_with(match.query.data)
+            query = match.match.query
+            query.out.replace_all_uses_with(query.data)
             raise self._error("after")
 
 

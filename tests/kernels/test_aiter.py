@@ -641,6 +641,11 @@ def an_angle_for_every_lane(case):
     case.cos, case.sin = torch.randn(2, ROWS, 64).bfloat16()
 
 
+def an_angle_for_every_lane_side_by_side(case):
+    """Halves of one table, of twice the width."""
+    case.cos, case.sin = torch.randn(ROWS, 128).bfloat16().chunk(2, -1)
+
+
 def rows_of_angles(case):
     case.positions, (case.cos, case.sin) = None, torch.randn(2, 2, 3, 32).bfloat16()
 
@@ -679,6 +684,7 @@ REFUSED = [
     (sine_first, "argument cos_sin (sin): expected storage offset 64, next to what precedes it, found 0"),
     (wide_table, "argument cos_sin (cos): expected strides (64, 1), as in one contiguous tensor, found (100, 1)"),
     (an_angle_for_every_lane, "argument cos_sin: expected one table"),
+    (an_angle_for_every_lane_side_by_side, "argument cos_sin: expected one table"),
     (rows_of_angles, "argument cos_sin: expected one table"),
     (change(positions=lambda p: p.int()), "argument positions: expected int64, found torch.int32"),
     (change(positions=lambda p: p[:2], axes=[0] * 32), "argument positions: expected 1 or 3 axes, found 2"),
@@ -748,7 +754,7 @@ def test_refuses_slots_alone_in_the_shuffle_layout(install):
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (lambda v: v.half(), "the dtype of k_cache, torch.bfloat16, found torch.float16"),
+        (lambda v: v.half(), "the dtype of k_cache, found torch.float16"),
         (lambda v: v[:3], "the blocks of k_cache"),
         (lambda v: shuffled(torch.bfloat16, 64)[1][1], "the shuffle layout of k_cache, False, found True"),
     ],

@@ -86,9 +86,13 @@ def is_packed_qkv(call: Call[Tensor]) -> bool:
     return _packed(_check_packed_qkv, call.q, call.k, call.v)
 
 
+def is_in_halves(call: Call[Tensor]) -> bool:
+    """Tables, of which each pair of lanes takes one angle."""
+    return call.positions is not None and 2 * call.cos.shape[-1] == call.options.rotary_dim
+
+
 def is_packed_table(call: Call[Tensor]) -> bool:
-    in_halves = call.positions is not None and 2 * call.cos.shape[-1] == call.options.rotary_dim
-    return in_halves and _packed(_check_packed_table, call.cos, call.sin)
+    return _packed(_check_packed_table, call.cos, call.sin)
 
 
 def _packed(check: Callable[..., None], *parts: Tensor) -> bool:

@@ -31,6 +31,8 @@ class Requirement:
     expected: str
     holds: Callable[[Call[Tensor]], bool]
     found: Callable[[Call[Tensor]], object]
+    of_memory: bool = False
+    """What :func:`~fx_fusion.kernels.qk_norm_rope_cache.aiter.arguments.prepare` says of a real call in more detail."""
 
 
 def _dtype(tensor: Tensor | None) -> torch.dtype | None:
@@ -64,11 +66,12 @@ def _has_scale(call: Call[Tensor]) -> bool:
 
 CONTRACT: tuple[Requirement, ...] = (
     Requirement("qkv", "bfloat16 or float16", lambda c: c.q.dtype in HALF, lambda c: c.q.dtype),
-    Requirement("qkv", "q, k, v in one contiguous tensor", arguments.is_packed_qkv, lambda c: "other columns"),
+    Requirement("qkv", "q, k, v in one contiguous tensor", arguments.is_packed_qkv, lambda c: "other columns", True),
     Requirement("qw", "the dtype of qkv", lambda c: _dtype(c.q_weight) == c.q.dtype, lambda c: _dtype(c.q_weight)),
     Requirement("kw", "the dtype of qkv", lambda c: _dtype(c.k_weight) == c.q.dtype, lambda c: _dtype(c.k_weight)),
+    Requirement("cos_sin", "one table, cos half, sin half", arguments.is_in_halves, lambda c: "rows or another table"),
     Requirement(
-        "cos_sin", "one table, cos half, sin half", arguments.is_packed_table, lambda c: "rows or another table"
+        "cos_sin", "one table, cos half, sin half", arguments.is_packed_table, lambda c: "rows or another table", True
     ),
     Requirement("cos_sin", "the dtype of qkv", lambda c: c.cos.dtype == c.q.dtype, lambda c: c.cos.dtype),
     Requirement(
@@ -126,10 +129,10 @@ CONTRACT: tuple[Requirement, ...] = (
 )  # fmt: skip
 
 
-def broken_line(call: Call[Tensor]) -> str | None:
-    """The first requirement that `call` does not meet, wherever it runs."""
+def broken_line(call: Call[Tensor], *, of_memory: bool = True) -> str | None:
+    """The first requirement that `call` does not meet, wherever it runs; without `of_memory`, of the others."""
     for line in CONTRACT:
-        if not line.holds(call):
+        if (of_memory or not line.of_memory) and not line.holds(call):
             return f"argument {line.argument}: expected {line.expected}, found {line.found(call)}"
     return None
 

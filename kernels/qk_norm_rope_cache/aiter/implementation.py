@@ -65,15 +65,18 @@ class Aiter(Implementation[Call[Tensor]]):
             FirstUseInCapture: if aiter was not used like this before, and a graph is being captured.
         """
         prepared = _checked(call)
-        verdict = self_check.verdict(self.name, self.trial, Specialization.of(call))
-        return _next_best(call) if verdict.reason is not None else launch(call, prepared, _function_for(call))
+        wrong = self.found_wrong(call) is not None
+        return _next_best(call) if wrong else launch(call, prepared, _function_for(call))
+
+    def found_wrong(self, call: Call[Tensor]) -> str | None:
+        return self_check.verdict(self.name, self.trial, Specialization.of(call)).reason
 
     def trial(self, call: Call[Tensor], setting: Any = None) -> tuple[Tensor, ...]:
         return launch(call, _checked(call), _function_for(call))
 
 
 def _checked(call: Call[Tensor]) -> Arguments:
-    reason = broken_line(call)
+    reason = broken_line(call, of_memory=False)
     if reason is not None:
         raise ValueError(f"aiter: {reason}; pass it like that, or call another kernel")
     return prepare(call)
