@@ -128,7 +128,7 @@ class _Proof:
                 compared = compared + _compare_values(trial)
                 kept.append(trial)
             if claim is not None and int(compared.min()) >= claim.fields:
-                return self._proved(claim, kept, int(compared.min()))
+                return self._proved(claim, kept)
         never = int((compared < FEWEST).sum())
         raise Refused(f"{never} of {compared.numel()} results are hardly ever defined in a finite field")
 
@@ -164,10 +164,10 @@ class _Proof:
         )
         return _Claim(relations, gap.degree, hidden(gap), related)
 
-    def _proved(self, claim: _Claim, kept: list[Trial], fields: int) -> Proved:
+    def _proved(self, claim: _Claim, kept: list[Trial]) -> Proved:
         placed = check_places(claim.relations, kept)
         literals = {literal: str(self.meant[literal]) for literal in self.literals if literal in self.meant}
-        return Proved(claim.bits(fields, placed=placed), fields, claim.degree, literals)
+        return Proved(claim.bits(claim.fields, placed=placed), claim.fields, claim.degree, literals)
 
 
 def _compare_values(trial: Trial) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -50,10 +50,10 @@ def find_multiple(values: Tensor, base: Tensor, p: int) -> Multiple | None:
         return None
     if bool(torch.isin(values, base).all()):
         return Multiple(Fraction(1), len(base))
-    values, base = values.unique(), base.unique()
+    size, values, base = len(base), values.unique(), base.unique()
     for constant in _constants(values, base, p):
         if bool(torch.isin(_divided(values, constant, p), base).all()):
-            return Multiple(constant, len(base))
+            return Multiple(constant, size)
     return None
 
 
@@ -86,13 +86,12 @@ def _divided(values: Tensor, constant: Fraction, p: int) -> Tensor:
     return values * (pow(constant.numerator, -1, p) * constant.denominator % p) % p
 
 
-def _constants(values: Tensor, base: Tensor, p: int) -> Iterator[Fraction]:
-    """What may be the constant, the likeliest first."""
-    if len(values) == len(base):  # all of them, hence also their sum
-        total = int(base.sum()) % p
-        constant = small_fraction(int(values.sum()) * pow(total, -1, p) % p, p) if total else None
-        if constant:
-            yield constant
-    inverses = [pow(each, -1, p) for each in base[:_MANY].tolist()]
+def _constants(values: Tensor, base: Tensor, p: int) -> list[Fraction]:
+    """What may be the constant, the simplest first: by which the first value is a multiple of a member of which, by the
+    same constant, the last value has one too.
+    """
+    ratio = int(values[-1]) * pow(int(values[0]), -1, p) % p if int(values[0]) else 0
+    partners = base[torch.isin(base * ratio % p, base)][:_MANY]
+    inverses = [pow(each, -1, p) for each in partners.tolist()]
     found = {constant for each in inverses if (constant := small_fraction(int(values[0]) * each % p, p))}
-    yield from sorted(found, key=_larger_term)
+    return sorted(found, key=_larger_term)
