@@ -15,7 +15,6 @@ from torch.fx import Node
 
 from fx_fusion.decline import Decline
 from fx_fusion.graph import operations as opset
-from fx_fusion.graph.operations import aten
 from fx_fusion.graph.paths import Branch
 
 #: What :func:`certify` declines with.
@@ -80,7 +79,7 @@ def _certify_root(node: Node) -> None:
     Under RMSNorm that is a sum over the lanes plus eps. Without the sum, ``sqrt(x * x)`` is ``|x|`` and can spell a
     clamp that random data never reaches.
     """
-    if node.target is aten.pow.Tensor_Scalar and _is_natural(node.args[1]):
+    if not opset.takes_root(node):
         return
     argument = node.args[0]
     while isinstance(argument, Node) and argument.target not in opset.REDUCTIONS:
@@ -92,15 +91,8 @@ def _certify_root(node: Node) -> None:
         raise Decline("proof.not_analytic", found, [node])
 
 
-def _is_natural(exponent: object) -> bool:
-    return isinstance(exponent, (int, float)) and exponent == int(exponent) and exponent >= 1
-
-
 def _is_shift_or_scale(node: Node) -> bool:
-    target = node.target in (
-        aten.add.Tensor, aten.add.Scalar, aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar,
-    )  # fmt: skip
-    return target and isinstance(node.args[0], Node) and not isinstance(node.args[1], Node)
+    return node.target in opset.AFFINE and isinstance(node.args[0], Node) and not isinstance(node.args[1], Node)
 
 
 def _reduced(node: Node) -> int:
