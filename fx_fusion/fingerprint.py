@@ -1,21 +1,26 @@
-"""What a registered fusion's behaviour depends on, as text: for the keys of compile caches."""
+"""What the behaviour of functions and objects of others depends on, as text: for the keys of compile caches."""
 
 from __future__ import annotations
 
+import builtins
 import enum
 import functools
 import hashlib
 import inspect
 import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
 from fx_fusion.graph.torch_compat import CustomOpDef, OpOverload, OpOverloadPacket
 
-_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, OpOverload)
+_LITERALS = (bool, int, float, complex, str, bytes, type(None), type(...), enum.Enum)
+_TORCH_LITERALS = (torch.dtype, torch.device, torch.layout, torch.memory_format, OpOverload, OpOverloadPacket)
+
+#: The versions in the cache key stand for their code.
+_INSTALLED = ("torch", "triton", "typing", "math", "operator", "functools")
 
 
 class Unreadable(Exception):
@@ -23,51 +28,91 @@ class Unreadable(Exception):
 
 
 def fingerprint(value: Any) -> str:
-    """Equal for values that behave alike; changes with the source of functions and classes and what they close over.
+    """Equal for values that behave alike; changes with the source of functions and classes, with what they close over
+    and with what they name.
 
     Raises:
-        Unreadable: a value of an unknown kind, or code without source.
+        Unreadable: a tensor, a value of an unknown kind, or code without source.
     """
-    return _read(value, frozenset())
+    return _Reader().read(value)
 
 
-def _read(value: Any, open_: frozenset[int]) -> str:
-    if isinstance(value, (*_PLAIN, enum.Enum)):
-        return f"{type(value).__qualname__}:{value!r}"
-    if id(value) in open_:
-        return "seen"
-    inner = functools.partial(_read, open_=open_ | {id(value)})
-    if isinstance(value, (list, tuple)):
-        return f"{type(value).__name__}({','.join(map(inner, value))})"
-    if isinstance(value, (set, frozenset)):
-        return f"set({','.join(sorted(map(inner, value)))})"
-    if isinstance(value, Mapping):
-        return f"map({','.join(sorted(f'{inner(k)}={inner(v)}' for k, v in value.items()))})"
-    if isinstance(value, functools.partial):
-        return f"partial({inner(value.func)},{inner(value.args)},{inner(value.keywords)})"
-    if isinstance(value, types.FunctionType):
-        return _function(value, inner)
-    if isinstance(value, types.MethodType):
-        return f"method({inner(value.__func__)},{inner(value.__self__)})"
+class _Reader:
+    """Reads one value and all that it refers to, each function and class once."""
+
+    def __init__(self) -> None:
+        self._open: set[int] = set()
+        self._known: dict[int, str] = {}
+
+    def read(self, value: Any) -> str:
+        if isinstance(value, (*_LITERALS, *_TORCH_LITERALS)):
+            return f"{type(value).__qualname__}:{value!r}"
+        if isinstance(value, torch.Tensor):
+            raise Unreadable("a tensor")
+        if id(value) in self._known:
+            return self._known[id(value)]
+        if id(value) in self._open:
+            return "seen"
+        self._open.add(id(value))
+        text = self._inside(value)
+        self._open.remove(id(value))
+        if isinstance(value, (types.FunctionType, type)):
+            # These live as long as what refers to them, so that their place in memory names nothing else meanwhile.
+            text = self._known[id(value)] = hashlib.sha256(text.encode()).hexdigest()
+        return text
+
+    def _inside(self, value: Any) -> str:
+        if isinstance(value, (list, tuple)):
+            return f"{type(value).__name__}({self._all(value)})"
+        if isinstance(value, (set, frozenset)):
+            return f"set({','.join(sorted(map(self.read, value)))})"
+        if isinstance(value, Mapping):
+            return f"map({','.join(sorted(f'{self.read(k)}={self.read(v)}' for k, v in value.items()))})"
+        if isinstance(value, functools.partial):
+            return f"partial({self._all((value.func, value.args, value.keywords))})"
+        if isinstance(value, types.MethodType):
+            return f"method({self._all((value.__func__, value.__self__))})"
+        if isinstance(value, types.ModuleType):
+            return f"module({value.__name__},{getattr(value, '__version__', '')},{_source_of_module(value.__name__)})"
+        if isinstance(value, types.CodeType):
+            return f"code({value.co_code.hex()},{value.co_names},{value.co_varnames},{self._all(value.co_consts)})"
+        if isinstance(value, CustomOpDef):
+            return f"op({value._qualname},{self.read(value._init_fn)})"
+        if isinstance(value, (types.FunctionType, types.BuiltinFunctionType, type)):
+            return self._named(value)
+        if not hasattr(value, "__dict__"):
+            raise Unreadable(repr(type(value)))
+        return f"object({self._all((type(value), vars(value)))})"
+
+    def _named(self, value: Any) -> str:
+        name = f"{value.__module__}.{value.__qualname__}"
+        if _is_installed(value):
+            return f"named({name})"
+        return f"def({name},{self._source(value)},{self._all(_referred_to(value))})"
+
+    def _source(self, value: Any) -> str:
+        """The source of its module, or of itself where it has none (a notebook)."""
+        of_module = _source_of_module(value.__module__)
+        if of_module:
+            return of_module
+        try:
+            return inspect.getsource(value)
+        except (OSError, TypeError):
+            if isinstance(value, types.FunctionType):
+                return self.read(value.__code__)
+            raise Unreadable(repr(value)) from None
+
+    def _all(self, values: Iterable[Any]) -> str:
+        return ",".join(map(self.read, values))
+
+
+def _referred_to(value: Any) -> list[Any]:
+    """Of a class: its bases. Of a function: what it closes over, its defaults, and what it names of its module."""
     if isinstance(value, type):
-        return f"class({value.__module__}.{value.__qualname__},{_source(value)})"
-    if isinstance(value, (types.ModuleType, types.BuiltinFunctionType, OpOverloadPacket)) or _is_torch(value):
-        return f"named({getattr(value, '__module__', '')}.{getattr(value, '__name__', str(value))})"
-    if isinstance(value, CustomOpDef):
-        return f"op({value._qualname},{inner(value._init_fn)})"
-    if not hasattr(value, "__dict__"):
-        raise Unreadable(repr(type(value)))
-    return f"object({inner(type(value))},{inner(vars(value))})"
-
-
-def _function(fn: types.FunctionType, inner: Any) -> str:
-    """Its module's source, what it closes over, its defaults, and what it names of other modules."""
-    cells = [cell.cell_contents for cell in fn.__closure__ or () if not _is_empty(cell)]
-    if _is_torch(fn):
-        return f"named({fn.__module__}.{fn.__qualname__})"
-    named = [fn.__globals__[name] for name in sorted(_names(fn.__code__)) if name in fn.__globals__]
-    parts = (fn.__qualname__, _source(fn), cells, fn.__defaults__, fn.__kwdefaults__, named)
-    return f"def({','.join(map(inner, parts))})"
+        return [value.__bases__]
+    cells = [cell.cell_contents for cell in value.__closure__ or () if not _is_empty(cell)]
+    named = [value.__globals__[name] for name in sorted(_names(value.__code__)) if name in value.__globals__]
+    return [cells, value.__defaults__, value.__kwdefaults__, named]
 
 
 def _is_empty(cell: Any) -> bool:
@@ -83,29 +128,19 @@ def _names(code: types.CodeType) -> set[str]:
     return set(code.co_names).union(*map(_names, nested))
 
 
-def _is_torch(value: Any) -> bool:
-    module = getattr(value, "__module__", None) or ""
-    return module.split(".")[0] in ("torch", "triton", "builtins", "typing", "math", "operator")
-
-
-def _source(value: Any) -> str:
-    """The source of its module, or of itself where it has none (a notebook)."""
-    module = sys.modules.get(value.__module__)
-    try:
-        if module is not None and getattr(module, "__file__", None):
-            return _module_source(module.__name__)
-        return inspect.getsource(value)
-    except (OSError, TypeError):
-        if isinstance(value, types.FunctionType):
-            return _code(value.__code__)
-        raise Unreadable(repr(value)) from None
+def _is_installed(value: Any) -> bool:
+    if isinstance(value, types.BuiltinFunctionType) or value is getattr(builtins, value.__name__, None):
+        return True
+    return (value.__module__ or "").partition(".")[0] in _INSTALLED
 
 
 @functools.cache
-def _module_source(name: str) -> str:
-    return hashlib.sha256(inspect.getsource(sys.modules[name]).encode()).hexdigest()
-
-
-def _code(code: types.CodeType) -> str:
-    constants = [_code(const) if isinstance(const, types.CodeType) else repr(const) for const in code.co_consts]
-    return f"{code.co_code.hex()},{constants},{code.co_names}"
+def _source_of_module(name: str) -> str:
+    """A hash of it; empty where there is none to read."""
+    module = sys.modules.get(name)
+    if module is None or not getattr(module, "__file__", None):
+        return ""
+    try:
+        return hashlib.sha256(inspect.getsource(module).encode()).hexdigest()
+    except (OSError, TypeError):
+        return ""

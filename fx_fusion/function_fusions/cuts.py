@@ -19,19 +19,8 @@ from torch.fx import Node
 from fx_fusion.function_fusions.equivalence import free_key, is_free, is_product, is_undefined
 from fx_fusion.graph import operations as opset
 from fx_fusion.graph.analysis import Facts
-from fx_fusion.graph.operations import aten
 from fx_fusion.graph.tracing import Functional
 from fx_fusion.proof.evaluate import schedule
-
-#: Kinds of analytic steps that a function either needs or cannot have, however it is spelled.
-_KINDS: dict[str, frozenset[object]] = {
-    "root": opset.ROOTS,
-    "exponential": frozenset(
-        {aten.exp.default, aten.exp2.default, aten.expm1.default, aten.sigmoid.default, aten.tanh.default}
-    ),
-    "trigonometric": frozenset({aten.sin.default, aten.cos.default}),
-    "error function": frozenset({aten.erf.default}),
-}
 
 #: How many nodes after a rare step may be the result, how many cuts of one result are tried, and how many steps a walk
 #: towards the inputs takes before it gives up.
@@ -42,13 +31,8 @@ def kind_of(node: Node) -> str | None:
     """Which kind of rare analytic step `node` is; None for those that occur everywhere."""
     if is_product(node):
         return "product"
-    if node.target is aten.pow.Tensor_Scalar and _is_natural(node.args[1]):
-        return None
-    return next((kind for kind, targets in _KINDS.items() if node.target in targets), None)
-
-
-def _is_natural(exponent: object) -> bool:
-    return isinstance(exponent, (int, float)) and exponent > 0 and float(exponent).is_integer()
+    kind = opset.row(node).rare or None
+    return kind if kind != "root" or opset.takes_root(node) else None
 
 
 @dataclass(frozen=True)

@@ -20,31 +20,11 @@ from torch.fx import Node
 
 from fx_fusion.decline import Decline
 from fx_fusion.graph import operations as opset
-from fx_fusion.graph.operations import aten
 from fx_fusion.graph.sizes import Sizes
 from fx_fusion.graph.torch_compat import FakeTensor, HigherOrderOperator, pytree
 from fx_fusion.proof.evaluate import Arithmetic, evaluate, schedule
 from fx_fusion.proof.region_function import TOLERANCE, relative_difference
 from fx_fusion.proof.samples import check_root
-
-#: Analytic on all numbers, or where they are finite at all. (Those of ``opset`` are what RMSNorm and RoPE need.)
-_ANALYTIC = frozenset(
-    {
-        aten.exp.default, aten.exp2.default, aten.expm1.default, aten.sigmoid.default, aten.tanh.default,
-        aten.sin.default, aten.cos.default, aten.erf.default, aten.sinh.default, aten.cosh.default,
-        aten.cumsum.default, aten.var.correction, aten.constant_pad_nd.default, aten.addmv.default,
-    }
-)  # fmt: skip
-_PRODUCTS = frozenset(
-    {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten.mv.default, aten.dot.default}
-)
-#: Memory whose content is not defined: any two are equal.
-_UNDEFINED = frozenset(
-    {
-        aten.empty.memory_format, aten.empty_strided.default, aten.new_empty.default, aten.new_empty_strided.default,
-        aten.empty_like.default,
-    }
-)  # fmt: skip
 
 #: Scales of random input in float64: ordinary, where a small constant rules, where an exponential saturates, where it
 #: overflows, none at all, and far out.
@@ -57,11 +37,11 @@ _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def is_product(node: Node) -> bool:
-    return node.target in _PRODUCTS
+    return node.target in opset.PRODUCTS
 
 
 def is_undefined(node: Node) -> bool:
-    return node.target in _UNDEFINED
+    return node.target in opset.UNDEFINED
 
 
 def coarsest(nodes: Iterable[Node]) -> torch.dtype:
@@ -76,7 +56,7 @@ def is_free(node: Node, floor: torch.dtype | None) -> bool:
         return False
     if opset.is_cast(node):
         return _is_lossy(node, floor)
-    if node.target in _ANALYTIC or is_product(node):
+    if node.target in opset.SMOOTH or is_product(node):
         return _rounds_below(node, floor)
     if node.target in opset.ROOTS:
         try:

@@ -266,8 +266,11 @@ def prove(comparison: Comparison, sampler: Sampler, dtype: torch.dtype) -> float
 
 def _turns(comparison: Comparison) -> bool:
     """Is there a sine or cosine? Of large numbers it is noise."""
-    turning = (aten.sin.default, aten.cos.default)
-    return any(node.target in turning for side in (comparison.region, comparison.pattern) for node in side.nodes)
+    return any(
+        opset.row(node).rare == "trigonometric"
+        for side in (comparison.region, comparison.pattern)
+        for node in side.nodes
+    )
 
 
 def insert(graph: Graph, place: Place, replacement: Callable[..., Any]) -> None:

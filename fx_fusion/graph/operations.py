@@ -1,4 +1,4 @@
-"""What the pass knows about ATen operations: which move values, which compute analytically, which are opaque.
+"""What the pass asks of operations: which move values, which compute analytically, which are opaque.
 
 Three questions are asked of an operation on the path from a projection to a store:
 
@@ -6,6 +6,8 @@ Three questions are asked of an operation on the path from a projection to a sto
 * does it compute an *analytic* function (``is_analytic``), so that two regions agreeing on random input agree
   everywhere;
 * is it a boundary (``is_opaque``): a matrix product, or an operation outside ATen.
+
+What is known of each is a row of ``operation_table.py``.
 """
 
 from __future__ import annotations
@@ -16,72 +18,49 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from fx_fusion.graph.torch_compat import HAS_FMA, OpOverload
+from fx_fusion.graph.operation_table import TABLE, Row, Trait, aten
+from fx_fusion.graph.operation_table import prims as prims
+from fx_fusion.graph.torch_compat import OpOverload
 
-aten = torch.ops.aten
-prims = torch.ops.prims
 
-#: The same values in the same order, in another shape.
-RESHAPE = frozenset({aten.reshape.default, aten.view.default, aten._unsafe_view.default})
+def _with(trait: Trait) -> frozenset[Any]:
+    return frozenset(target for target, row in TABLE.items() if trait in row.traits)
 
-#: One tensor in, the same values out, elsewhere.
-MOVEMENT = RESHAPE | frozenset(
-    {
-        aten.permute.default, aten.t.default,
-        aten.transpose.int, aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims,
-        aten.expand.default, aten.slice.Tensor, aten.select.int, aten.clone.default, aten.alias.default,
-        aten.detach.default, aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int, aten.flip.default,
-        aten.roll.default, aten.repeat.default, prims.rev.default, operator.getitem,
-    }
-)  # fmt: skip
 
-#: What aliases its input: a chain of them over a cache is an address, never a copy.
-VIEW = MOVEMENT - {aten.clone.default, aten.flip.default, aten.roll.default, aten.repeat.default, prims.rev.default} | {
-    aten.as_strided.default,
-    aten.view.dtype,
-}
+RESHAPE = _with(Trait.IN_ORDER)
+MOVEMENT = _with(Trait.MOVES)
+VIEW = _with(Trait.ALIASES)
+JOIN = _with(Trait.JOINS)
+SELECTION = _with(Trait.SELECTS)
+CAST = _with(Trait.CASTS)
+ROOTS = _with(Trait.ROOT)
+REDUCTIONS = _with(Trait.REDUCES)
+ARITHMETIC = _with(Trait.COMPUTES)
+AFFINE = _with(Trait.AFFINE)
+#: May lie on the data path of a region that is proved by sampling.
+ANALYTIC = MOVEMENT | JOIN | SELECTION | CAST | ARITHMETIC | ROOTS | _with(Trait.PAIRS)
+SMOOTH = _with(Trait.SMOOTH)
+PRODUCTS = _with(Trait.PRODUCT)
+CENTRED_NORMS = _with(Trait.CENTRES)
+UNDEFINED = _with(Trait.UNDEFINED)
+ADDERS = _with(Trait.ADDS)
+#: What writes a value at indices, and which of its arguments the value is.
+WRITERS = {target: row.value for target, row in TABLE.items() if row.value is not None}
+#: What puts a part back, and the view that takes that part out.
+SCATTERS = {target: row.takes for target, row in TABLE.items() if row.takes is not None}
+#: What may copy to another device, and which of its arguments it copies.
+COPIES = {target: row.copies for target, row in TABLE.items() if row.copies is not None}
 
-#: Several tensors in, their values out.
-JOIN = frozenset(
-    {
-        aten.cat.default, aten.stack.default, aten.slice_scatter.default, aten.select_scatter.default,
-        aten.copy.default,
-    }
-)  # fmt: skip
+#: Matrix products that end a region, by the name in the schema, whatever the overload.
+_BOUNDARIES = frozenset({"mm", "addmm", "bmm", "baddbmm", "linear", "convolution", "_scaled_mm", "_int_mm", "einsum"})
 
-#: Values picked by a mask or an index, which must not itself depend on the data.
-SELECTION = frozenset(
-    {aten.where.self, aten.index.Tensor, aten.gather.default, aten.index_select.default, aten.embedding.default}
-)
-
-#: Between pairs of reals and complex numbers: the same values, two at a time.
-COMPLEX = frozenset({aten.view_as_complex.default, aten.view_as_real.default, aten.complex.default})
-
-CAST = frozenset({prims.convert_element_type.default, aten._to_copy.default})
-
-#: What Dynamo makes of ``addcmul_`` with a factor, in the versions of PyTorch that have it.
-_FUSED_MULTIPLY_ADD = frozenset({prims.fma.default} if HAS_FMA else ())
-
-ARITHMETIC = _FUSED_MULTIPLY_ADD | frozenset(
-    {
-        aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar, aten.rsub.Scalar, aten.rsub.Tensor,
-        aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.neg.default,
-        aten.reciprocal.default, aten.square.default, aten.addcmul.default, aten.addcdiv.default,
-        aten.mean.dim, aten.sum.dim_IntList,
-    }
-)  # fmt: skip
-
-#: Analytic only where their argument stays positive; the certificate asks for a sum under them.
-ROOTS = frozenset({aten.sqrt.default, aten.rsqrt.default, aten.pow.Tensor_Scalar})
-
-#: What a LayerNorm is made of.
-CENTRED_NORMS = frozenset({aten.var_mean.correction, aten.native_layer_norm.default, aten.native_group_norm.default})
-
-REDUCTIONS = frozenset({aten.mean.dim, aten.sum.dim_IntList})
-
+_UNKNOWN = Row()
 _INTEGERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})
 
-_PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "linear", "convolution", "_scaled_mm", "_int_mm", "einsum"})
+
+def row(node: Node) -> Row:
+    """What is known of the operation that `node` calls."""
+    return TABLE.get(node.target, _UNKNOWN)
 
 
 def is_movement(node: Node) -> bool:
@@ -121,16 +100,17 @@ def is_arithmetic(node: Node) -> bool:
     return node.op == "call_function" and (node.target in ARITHMETIC or node.target in ROOTS)
 
 
+def takes_root(node: Node) -> bool:
+    """Is `node` a root, or a power that is one? A natural power is a product."""
+    if node.target is aten.pow.Tensor_Scalar:
+        exponent = node.args[1]
+        return not (isinstance(exponent, (int, float)) and exponent >= 1 and float(exponent).is_integer())
+    return node.target in ROOTS
+
+
 def is_analytic(node: Node) -> bool:
     """May `node` lie on the data path of a region that is proved by sampling?"""
-    return (
-        is_movement(node)
-        or is_cast(node)
-        or is_join(node)
-        or is_selection(node)
-        or is_arithmetic(node)
-        or (node.op == "call_function" and node.target in COMPLEX)
-    )
+    return node.op == "call_function" and node.target in ANALYTIC
 
 
 def is_opaque(node: Node) -> bool:
@@ -142,7 +122,7 @@ def is_opaque(node: Node) -> bool:
     if node.target.namespace not in ("aten", "prims"):
         return True
     name = node.target._schema.name.split("::")[1]
-    return name in _PRODUCTS or "scaled_dot_product" in name
+    return name in _BOUNDARIES or "scaled_dot_product" in name
 
 
 def draws(node: Node) -> bool:

@@ -69,7 +69,7 @@ def data_cuts(facts: Facts, origin: Node, out: Node) -> list[Node]:
     blocker = next((node for node in reversed(body) if not opset.is_analytic(node)), None)
     first = facts.order[blocker] if blocker is not None else facts.order[origin]
     last = min(
-        (facts.order[node] for node in body if _takes_root(node) and facts.order[node] > projection), default=None
+        (facts.order[node] for node in body if opset.takes_root(node) and facts.order[node] > projection), default=None
     )
     cuts = [node for node in chain[:-1] if facts.order[node] >= first and not opset.is_complex_tensor(node)]
     if last is not None:
@@ -132,10 +132,6 @@ def drops_rows(node: Node) -> bool:
     if dim % len(shape) == 0:
         return len(shape) > 1
     return dim % len(shape) != len(shape) - 1 and same(shape[-1:], strip_views(source).meta["val"].shape[-1:])
-
-
-def _takes_root(node: Node) -> bool:
-    return node.target in opset.ROOTS and not (node.target is aten.pow.Tensor_Scalar and node.args[1] in (2, 3, 4))
 
 
 def strip(node: Node, *, keep_order: bool = False) -> Node:

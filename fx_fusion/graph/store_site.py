@@ -103,14 +103,14 @@ class Store:
     @property
     def into_slice(self) -> bool:
         """Is the value put into a slice of the view, rather than at indices?"""
-        return self.writer.target in SCATTERS
+        return self.writer.target in opset.SCATTERS
 
     @property
     def last_steps(self) -> list[Node]:
         """From what takes the value, a mask or a copy, to the writer."""
         steps = [self.writer]
         while steps[-1] is not self.value:
-            source = steps[-1].args[WRITERS.get(steps[-1].target, 1)]
+            source = steps[-1].args[opset.WRITERS.get(steps[-1].target, 1)]
             steps.append(node_of(self.value if self.mask and steps[-1] is self.mask.where else source))
         return steps[:-1]
 
@@ -125,20 +125,6 @@ class Store:
         return alias_steps(self.base, node_of(scatter.args[0]))
 
 
-#: What writes a value at indices, and which of its arguments the value is.
-WRITERS: dict[Any, int] = {aten.index_put.default: 2, aten.index_copy.default: 3, aten.scatter.src: 3}
-#: What puts a part back, and the view that takes that part out.
-SCATTERS: dict[Any, Any] = {
-    aten.select_scatter.default: aten.select.int,
-    aten.slice_scatter.default: aten.slice.Tensor,
-    aten.as_strided_scatter.default: aten.as_strided.default,
-}
-_ADDERS = frozenset(
-    {
-        aten.index_add.default, aten.index_reduce.default, aten.scatter_add.default, aten.scatter.reduce,
-        aten.scatter_reduce.two,
-    }
-)  # fmt: skip
 _JOINS = (aten.cat.default, aten.stack.default)
 _INTEGER_CACHES = (torch.uint8, torch.int8)
 
@@ -247,7 +233,7 @@ def _since(store: Store, earlier: Sequence[Store]) -> tuple[Store, ...]:
 def _read_store(facts: Facts, cache: Node, node: Node) -> Store:
     scatters: list[Node] = []
     writer = node
-    while writer.target in SCATTERS:
+    while writer.target in opset.SCATTERS:
         inner = strip_aliases(writer.args[1])
         if not _writes(inner) or not _was(strip_aliases(writer.args[0]), strip_aliases(inner.args[0])):
             break
@@ -255,8 +241,8 @@ def _read_store(facts: Facts, cache: Node, node: Node) -> Store:
         writer = inner
     if not _writes(writer):
         raise _unknown(cache, writer)
-    written = node_of(writer.args[WRITERS.get(writer.target, 1)])
-    if writer.target in SCATTERS and written.target is aten.copy.default:
+    written = node_of(writer.args[opset.WRITERS.get(writer.target, 1)])
+    if writer.target in opset.SCATTERS and written.target is aten.copy.default:
         written = node_of(written.args[1])
     store = Store(cache, node_of(writer.args[0]), writer, written, tuple(scatters[::-1]))
     if any(strip_aliases(scatter.args[0]) is not store.base for scatter in scatters):
@@ -276,14 +262,14 @@ def _was(value: Node, earlier: Node) -> bool:
 
 
 def _writes(node: Node) -> bool:
-    return node.op == "call_function" and (node.target in WRITERS or node.target in SCATTERS)
+    return node.op == "call_function" and (node.target in opset.WRITERS or node.target in opset.SCATTERS)
 
 
 def _unknown(cache: Node, node: Node) -> Decline:
     if node.op in ("placeholder", "get_attr"):
         found = f"the input {cache} is overwritten with {node}, or with what is stored into it: another tensor"
         return Decline("store.other_cache", found, [node])
-    if node.target in _ADDERS:
+    if node.target in opset.ADDERS:
         return Decline("store.accumulates", f"{node} adds to the cache; expected it to overwrite", [node])
     call = node_of(node.args[0]) if node.target is operator.getitem else node
     op = operation(call)
@@ -322,7 +308,7 @@ def _reads_back(facts: Facts, store: Store, node: Any) -> bool:
         return False
     writer = store.writer
     if store.into_slice:
-        reader, place = SCATTERS[writer.target], writer.args[2:]
+        reader, place = opset.SCATTERS[writer.target], writer.args[2:]
     elif writer.target is aten.index_put.default:
         reader, place = aten.index.Tensor, writer.args[1:2]
     else:

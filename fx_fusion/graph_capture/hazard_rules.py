@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from fx_fusion.graph.operations import aten, prims
+from fx_fusion.graph.operations import COPIES, aten
 from fx_fusion.graph.torch_compat import (
     HigherOrderOperator,
     OpOverload,
@@ -133,16 +133,15 @@ def _on_host(node: Node) -> bool:
     return any(device.type == "cpu" for device in devices(node))
 
 
-_COPIES = (prims.device_put.default, aten._to_copy.default, aten.copy.default, aten.copy_.default)
 _REBINDS = ("aten.set_.",)
 _COLLECTIVES = ("_c10d_functional", "c10d", "_c10d_functional_autograd", "_dtensor", "symm_mem")
 
 
 def copied_from(node: Node) -> Node | None:
     """What `node` is a copy of on another kind of device; None if it is no such copy."""
-    if node.target not in _COPIES:
+    if node.target not in COPIES:
         return None
-    source = node.args[1] if node.target in (aten.copy.default, aten.copy_.default) else node.args[0]
+    source = node.args[COPIES[node.target]]
     if not isinstance(source, Node) or {d.type for d in devices(source)} == {d.type for d in devices(node)}:
         return None
     return source
@@ -175,7 +174,7 @@ def _host_input(view: View, node: Node) -> tuple[str, str] | None:
     """A tensor on the CPU that work on the GPU takes as it is; copies are another hazard, at the copy."""
     if node.op != "placeholder" or not view.stays_on_host(node):
         return None
-    users = [user for user in node.users if user.target not in _COPIES and user.op != "output"]
+    users = [user for user in node.users if user.target not in COPIES and user.op != "output"]
     if not users:
         return None
     value: torch.Tensor = node.meta["val"]
@@ -191,11 +190,11 @@ def _told_name(node: Node) -> str:
 
 def _host_compute(view: View, node: Node) -> tuple[str, str] | None:
     """Where a value on the CPU begins; what follows from it is no other hazard."""
-    if node.op != "call_function" or not view.stays_on_host(node) or node.target in _COPIES:
+    if node.op != "call_function" or not view.stays_on_host(node) or node.target in COPIES:
         return None
     if any(_on_host(parent) for parent in node.all_input_nodes):
         return None
-    if node.users and all(user.target in _COPIES for user in node.users):
+    if node.users and all(user.target in COPIES for user in node.users):
         return None
     if _is_drawn(node):
         return "capture.host_random", f"{node.target} draws on the CPU"

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -148,7 +147,7 @@ def _axis_after(node: Node, axes: Axes, size: int, broadcast: Axis | None) -> Ax
     carried = {parent: axis for parent in node.all_input_nodes if (axis := axes[parent]) is not None}
     if not carried:
         return broadcast and _repeated(node, broadcast)
-    rule = _RULES.get(node.target)
+    rule = _RULES.get(opset.row(node).tokens)
     if rule is None:
         raise _TokensMix
     axis = rule(node, carried, size)
@@ -328,35 +327,22 @@ def _dims(value: Any, rank: int) -> set[int]:
     return {dim % rank for dim in dims}
 
 
-_VIEWS = frozenset(
-    {
-        aten.permute.default, aten.t.default, aten.transpose.int, aten.unsqueeze.default, aten.squeeze.default,
-        aten.squeeze.dim, aten.squeeze.dims, aten.expand.default, aten.slice.Tensor, aten.select.int,
-        aten.alias.default, aten.detach.default, aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int,
-    }
-)  # fmt: skip
-_POINTWISE = (
-    opset.ARITHMETIC - opset.REDUCTIONS
-    | opset.ROOTS
-    | opset.CAST
-    | {aten.clone.default, aten.where.self, aten.copy.default}
-)
-
-_RULES: dict[Any, Rule] = {
-    **dict.fromkeys(_POINTWISE, _pointwise),
-    **dict.fromkeys(_VIEWS, _view),
-    **dict.fromkeys(opset.RESHAPE, _reshape),
-    **dict.fromkeys(opset.REDUCTIONS, _reduction),
-    **dict.fromkeys(_ARGUMENTS, _along_others),
-    aten.cat.default: _cat,
-    aten.stack.default: _stack,
-    aten.slice_scatter.default: _slice_scatter,
-    aten.select_scatter.default: _select_scatter,
-    aten.index_select.default: _index_select,
-    aten.gather.default: _gather,
-    aten.index.Tensor: _index,
-    aten.repeat.default: _repeat,
-    operator.getitem: _item,
+#: By the name that the table of operations gives each rule.
+_RULES: dict[str, Rule] = {
+    "pointwise": _pointwise,
+    "view": _view,
+    "reshape": _reshape,
+    "reduction": _reduction,
+    "reorder": _along_others,
+    "cat": _cat,
+    "stack": _stack,
+    "slice_scatter": _slice_scatter,
+    "select_scatter": _select_scatter,
+    "index_select": _index_select,
+    "gather": _gather,
+    "index": _index,
+    "repeat": _repeat,
+    "item": _item,
 }
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from fx_fusion.fingerprint import Unreadable, fingerprint
 from fx_fusion.graph.torch_compat import OpOverload, OpOverloadPacket
-from fx_fusion.semantics.code_identity import describe
 from fx_fusion.semantics.libraries import READY_MADE
 from fx_fusion.semantics.meaning import Function, Meaning, qualified_name, signature_mismatch
 
@@ -57,15 +57,11 @@ class Meanings:
 
         What comes with the package is covered by the hash of its sources.
         """
-        digest = hashlib.sha256()
-        for name, meaning in sorted(self._declared.items()):
-            for fn in (meaning.fn, meaning.example):
-                try:
-                    described = describe(fn)
-                except TypeError:
-                    return None
-                digest.update(f"{name}\n{described}\n".encode())
-        return digest.hexdigest()
+        try:
+            parts = [fingerprint(meaning) for _, meaning in sorted(self._declared.items())]
+        except Unreadable:
+            return None
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 MEANINGS = Meanings()

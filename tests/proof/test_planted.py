@@ -6,12 +6,12 @@ import copy
 
 import pytest
 import torch
+from prologue import HEAD_DIM, NUM_HEADS, NUM_KV_HEADS, SLOTS, Prologue, arguments
 
 import fx_fusion
 from fx_fusion.report import FusionReport
 from fx_fusion.testing import assert_declines, run
 from proof.heads import PLANTED, mean_square, normalised, squared
-from prologue import HEAD_DIM, NUM_HEADS, NUM_KV_HEADS, SLOTS, Prologue, arguments
 
 
 def layer(norm):
@@ -39,7 +39,7 @@ MISMATCHES = [
 def test_refused(name):
     report = reported(PLANTED[name])
     assert not report.fused and report.declined[0].code in ("proof.mismatch", "norm.not_per_head", "norm.eps"), report
-    assert report.declined[0].node and "prologue.py" in str(report.declined[0].source) or "heads.py" in str(report)
+    assert (report.declined[0].node and "prologue.py" in str(report.declined[0].source)) or "heads.py" in str(report)
 
 
 @pytest.mark.parametrize("name", PLANTED)

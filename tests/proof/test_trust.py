@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from prologue import Prologue, arguments
 
 from fx_fusion.config import Config, OptionError
 from fx_fusion.decline import Decline
@@ -12,7 +13,6 @@ from fx_fusion.proof.evidence import Sampled, require, weakest
 from fx_fusion.proof.field import Proved
 from fx_fusion.testing import run
 from proof.heads import mean_square, normalised
-from prologue import Prologue, arguments
 
 
 class FourthRoots(Prologue):
