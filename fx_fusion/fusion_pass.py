@@ -31,7 +31,9 @@ from fx_fusion.kernels.target import Target
 from fx_fusion.kernels.versions import aiter_version, triton_version
 from fx_fusion.observer import NOBODY, Observer
 from fx_fusion.report import REPORTS, FusionReport, LayerReport
+from fx_fusion.semantics import hidden_stores
 from fx_fusion.semantics.declare import MEANINGS
+from fx_fusion.semantics.hidden_stores import stand_in
 from fx_fusion.semantics.inline import Inlined, inline
 
 #: Told whether the graph is for inference, where this version of torch tells a pass.
@@ -71,7 +73,7 @@ class FusionPass(_Base):
         if before is None or registered is None or declared is None or configuration.fuel() is not None:
             return None
         versions = triton_version(), aiter_version()
-        settings = repr(self._config), configuration.disabled(), tuned.fingerprint()
+        settings = repr(self._config), configuration.disabled(), tuned.fingerprint(), hidden_stores.fingerprint()
         return ("fx_fusion", _source_hash(), versions, registered, declared, settings, before)
 
 
@@ -123,7 +125,8 @@ def apply(graph: Graph, config: Config, *, training: bool = False, observer: Obs
     else:
         # Readers compute with real tensors, whatever mode the caller traces in (fake tensors, a default device).
         with _disable_current_modes(), cpu_by_default(), torch.no_grad():
-            inlined = inline(graph)
+            stand_ins = stand_in(graph)
+            inlined = inline(graph, stand_ins)
             for fusion in REGISTRY:
                 done, spent = _apply_fusion(graph, fusion, config, observer, inlined)
                 layers.extend(done)
@@ -133,7 +136,8 @@ def apply(graph: Graph, config: Config, *, training: bool = False, observer: Obs
             inlined.restore(rewritten=rewritten)
             if rewritten:
                 tidy.finish(graph)
-            mutated += len(inlined.hidden_stores or inlined.hidden_attention)
+            stand_ins.settle()
+            mutated += 2 * len(stand_ins) + len(inlined.hidden_stores or inlined.hidden_attention)
     stores = 0 if any(layer.code == "store.missing" for layer in layers) else mutated
     if len(layers) > 1:
         layers = [layer for layer in layers if layer.code != "store.missing"]

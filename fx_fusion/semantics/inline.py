@@ -27,6 +27,7 @@ from fx_fusion.semantics.compare import COMPARISONS
 from fx_fusion.semantics.declare import MEANINGS, WITHOUT_STORE, Meaning, signature_mismatch
 from fx_fusion.semantics.expand import Expansion, insert, refresh
 from fx_fusion.semantics.forward import forward_reads
+from fx_fusion.semantics.hidden_stores import StandIns
 from fx_fusion.semantics.libraries import HIDDEN
 from fx_fusion.semantics.traced import NoMeaning, TracedMeaning, complete, trace
 
@@ -134,8 +135,8 @@ def _mark(live: set[Node], nodes: Iterable[Node]) -> None:
         stack.extend(parent for parent in node.all_input_nodes if parent not in live)
 
 
-def inline(graph: Graph) -> Inlined:
-    """Replace every call of an operation with a declared meaning, in place."""
+def inline(graph: Graph, stand_ins: StandIns) -> Inlined:
+    """Replace every call of an operation with a declared meaning, in place, but for stores that are spelled out."""
     done = Inlined(graph)
     traced: dict[Any, TracedMeaning | str] = {}
     for node in list(graph.nodes):
@@ -143,6 +144,8 @@ def inline(graph: Graph) -> Inlined:
         if op is None:
             continue
         hidden = HIDDEN.get(op._schema.name)
+        if stand_ins.holds(node) or (hidden is not None and hidden.attention and len(stand_ins)):
+            continue
         if hidden is not None:
             decline = Decline("meaning.hidden", f"{op._schema.name} {hidden.reason}", [node])
             (done.hidden_attention if hidden.attention else done.hidden_stores).append(decline)

@@ -6,17 +6,17 @@ Either is functional here: the caches go in and come out as values. Inductor mak
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch._higher_order_ops.auto_functionalize import auto_functionalized_v2
 from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton_kernel_wrapper_functional
-from torch.fx import Node
+from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate
 
-from fx_fusion.graph.edit import Emitter
+from fx_fusion.graph.edit import STAND_IN, Emitter
 from fx_fusion.graph.nodes import value_of
 from fx_fusion.graph.operations import aten
 from fx_fusion.kernels.qk_norm_rope_cache import operation as op
@@ -34,6 +34,39 @@ class Results:
     caches: dict[Node, Node]
 
 
+@dataclass(frozen=True)
+class FusedCall:
+    """A call of the operation, as :func:`insert` put it into a graph.
+
+    Attributes:
+        tensors: its operands by their names in the schema, but for the caches; None for one that is absent.
+        options: everything else, by name.
+        q, k: what holds the rotated q and k; None where nothing uses it.
+    """
+
+    node: Node
+    tensors: Mapping[str, Node | None]
+    options: Mapping[str, Any]
+    k_cache: Node
+    v_cache: Node
+    q: Node | None
+    k: Node | None
+
+
+def fused_calls(graph: Graph) -> Iterator[FusedCall]:
+    """Every call of the operation in `graph`."""
+    names = [argument.name for argument in op.OVERLOAD._schema.arguments if not argument.kwarg_only]
+    for node in graph.find_nodes(op="call_function", target=auto_functionalized_v2):
+        if node.args[0] is not op.OVERLOAD:
+            continue
+        given = dict(node.kwargs)
+        bases: Any = given.pop("_all_bases")
+        k_cache, v_cache = (bases[given.pop(f"_{name}_base_index")] for name in ("k_cache", "v_cache"))
+        tensors = {name: given.pop(name, None) for name in names if name not in ("k_cache", "v_cache")}
+        held = {user.args[1]: user for user in node.users}
+        yield FusedCall(node, tensors, given, k_cache, v_cache, held.get(0), held.get(1))  # type: ignore[arg-type]
+
+
 def insert(
     emit: Emitter,
     kernel: str,
@@ -44,8 +77,11 @@ def insert(
     *,
     return_k: bool,
 ) -> Results:
-    """Call `kernel`. `operands` and `options` are those of the operation, named as in its schema."""
-    if kernel == "triton":
+    """Call `kernel`. `operands` and `options` are those of the operation, named as in its schema.
+
+    A call on caches that only stand for something is an operation, whatever the kernel: see :func:`fused_calls`.
+    """
+    if kernel == "triton" and STAND_IN not in k_cache.meta:
         return _insert_triton(emit, operands, k_cache, v_cache, options, return_k)
     return _insert_op(emit, kernel, operands, k_cache, v_cache, options, return_k)
 
