@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch.fx import Graph, Node
 
 from fx_fusion.graph.custom_calls import OpaqueCall, operation, read_call
 from fx_fusion.graph.edit import STAND_IN, Emitter
+from fx_fusion.graph.nodes import value_of
 from fx_fusion.graph.operations import aten
 from fx_fusion.graph.paths import strip_views
 from fx_fusion.kernels.qk_norm_rope_cache.insert import FusedCall, fused_calls
@@ -78,28 +79,25 @@ def fingerprint() -> str:
     return hashlib.sha256("\n".join(sorted(_DECLARED)).encode()).hexdigest()
 
 
-@dataclass
+@dataclass(frozen=True)
 class _StandIn:
     """One hidden store, and what stands for it.
 
     Attributes:
-        given: the arguments of the store and of the calls that do not read the key, as they were.
-        written: what takes key and value as they are stored, one after the other.
+        inputs: slots, the cache of keys and that of values.
+        keeps: takes the key, or what the cache holds already.
+        stored: the key as it is read from the cache afterwards.
         copies: what puts the new values into the inputs.
+        unread: calls that are given the key, and never read it.
     """
 
     declared: HiddenStore
     call: OpaqueCall
-    slots: Node
-    k_cache: Node
-    v_cache: Node
-    written: list[Node] = field(default_factory=list[Node])
-    copies: list[Node] = field(default_factory=list[Node])
-    unread: list[Node] = field(default_factory=list[Node])
-
-    @property
-    def inputs(self) -> tuple[Node, Node, Node]:
-        return self.slots, self.k_cache, self.v_cache
+    inputs: tuple[Node, Node, Node]
+    keeps: Node
+    stored: Node
+    copies: tuple[Node, Node]
+    unread: Sequence[Node]
 
 
 class StandIns:
@@ -117,59 +115,41 @@ class StandIns:
         return any(each.call.node is node for each in self._all)
 
     def add(self, declared: HiddenStore, call: OpaqueCall) -> None:
-        """Spell `call` out. It, and calls that read the cache rather than the key, read what is stored, until settled."""
+        """Spell `call` out. Until that is settled, it, and calls that never read the key, read what is stored."""
         key, value = call.arguments[declared.key], call.arguments[declared.value]
-        each = _StandIn(declared, call, *_inputs(self._graph, key, len(self._all)))
-        each.unread = list(declared.unread(call))
+        unread = declared.unread(call)
+        slots, *caches = inputs = _inputs(self._graph, key, len(self._all))
         with self._graph.inserting_before(call.node):
             emit = Emitter(self._graph, call.node)
-            kept = emit.call(aten.ge.Scalar, each.slots, 0)
-            kept = emit.call(aten.reshape.default, kept, [-1, 1, 1])
-            after: list[Node] = []
-            for source, cache in ((key, each.k_cache), (value, each.v_cache)):
-                before = emit.call(aten.index.Tensor, cache, [each.slots])
-                each.written.append(emit.call(aten.where.self, kept, source, before))
-                after.append(emit.call(aten.index_put.default, cache, [each.slots], each.written[-1]))
-            stored = emit.call(aten.index.Tensor, after[0], [each.slots])
+            kept = emit.call(aten.reshape.default, emit.call(aten.ge.Scalar, slots, 0), [-1, 1, 1])
+            before = [emit.call(aten.index.Tensor, cache, [slots]) for cache in caches]
+            new = [emit.call(aten.where.self, kept, *each) for each in zip((key, value), before, strict=True)]
+            after = [emit.call(aten.index_put.default, c, [slots], each) for c, each in zip(caches, new, strict=True)]
+            stored = emit.call(aten.index.Tensor, after[0], [slots])
         with self._graph.inserting_before(self._graph.output_node()):
             emit = Emitter(self._graph, call.node)
-            for cache, new in zip((each.k_cache, each.v_cache), after, strict=True):
-                each.copies.append(emit.call_with_value(cache.meta["val"], aten.copy_.default, cache, new))
-        for node in (call.node, *each.unread):
+            k_copy, v_copy = (
+                emit.call_with_value(value_of(cache), aten.copy_.default, cache, each)
+                for cache, each in zip(caches, after, strict=True)
+            )
+        for node in (call.node, *unread):
             node.replace_input_with(key, stored)
-        self._all.append(each)
+        self._all.append(_StandIn(declared, call, inputs, new[0], stored, (k_copy, v_copy), unread))
 
     def settle(self) -> None:
         """Take out all that stands for something; a fused call on it becomes the operation that takes a name."""
         calls = {base: call for call in fused_calls(self._graph) for base in (call.k_cache, call.v_cache)}
         for each in self._all:
-            fused = calls.get(each.k_cache)
+            fused = calls.get(each.inputs[1])
             if fused is None:
-                self._undo(each)
+                _undo(each)
             else:
                 self._name(each, fused)
         self._clean()
 
-    def _undo(self, each: _StandIn) -> None:
-        """The store reads what stands where its key was: another fusion may have replaced it."""
-        key, value = (node.args[1] for node in each.written)
-        assert isinstance(key, Node) and isinstance(value, Node)
-        store = each.call.node
-        arguments = [argument.name for argument in each.call.op._schema.arguments]
-        places = {arguments.index(each.declared.key): key, arguments.index(each.declared.value): value}
-        store.args = tuple(places.get(i, argument) for i, argument in enumerate(store.args))
-        self._lead(each, key)
-
-    def _lead(self, each: _StandIn, key: Node) -> None:
-        """Have calls that never read the key take this one."""
-        for reader in each.unread:
-            reader.kwargs = {**reader.kwargs, each.declared.key: key}
-
     def _name(self, each: _StandIn, fused: FusedCall) -> None:
         mixed = (
-            fused.k_cache is not each.k_cache
-            or fused.v_cache is not each.v_cache
-            or strip_views(fused.tensors["slots"]) is not each.slots
+            (strip_views(fused.tensors["slots"]), fused.k_cache, fused.v_cache) != each.inputs
             or not fused.options["skip_negative_slots"]
             or any(fused.tensors.get(name) is not None for name in ("blocks", "k_scale", "v_scale"))
         )
@@ -177,8 +157,6 @@ class StandIns:
             raise AssertionError(f"the fused call {fused.node} stores otherwise than {each.call.node} does")
         with self._graph.inserting_before(fused.node):
             named = each.declared.insert(Emitter(self._graph, each.call.node), each.call, fused)
-        value = each.call.node.args[[a.name for a in each.call.op._schema.arguments].index(each.declared.value)]
-        assert isinstance(value, Node)
         for old, new in ((fused.q, named.q), (fused.k, named.k)):
             if old is not None:
                 old.replace_all_uses_with(new)
@@ -186,7 +164,9 @@ class StandIns:
             for old in each.call.result(i):
                 old.replace_all_uses_with(new)
         # What nobody reads has to be there, in the right shape: the value is.
-        self._lead(each, value)
+        value = read_call(each.call.node, each.call.op).arguments[each.declared.value]
+        for reader in each.unread:
+            reader.replace_input_with(each.stored, value)
         self._graph.erase_node(each.call.node)
 
     def _clean(self) -> None:
@@ -201,6 +181,14 @@ class StandIns:
                 depend.add(node)
         for node in reversed([node for node in self._graph.nodes if node in depend]):
             self._graph.erase_node(node)
+
+
+def _undo(each: _StandIn) -> None:
+    """The store, and who never reads the key, take what is there for the key now: it may have been replaced."""
+    key = each.keeps.args[1]
+    assert isinstance(key, Node)
+    for node in (each.call.node, *each.unread):
+        node.replace_input_with(each.stored, key)
 
 
 def _inputs(graph: Graph, key: Node, number: int) -> tuple[Node, Node, Node]:

@@ -11,6 +11,7 @@ from fx_fusion.decline import Decline
 from fx_fusion.graph import operations as opset
 from fx_fusion.graph.analysis import Facts
 from fx_fusion.graph.custom_calls import operation
+from fx_fusion.graph.edit import STAND_IN
 from fx_fusion.graph.overlap import may_overlap
 from fx_fusion.graph.paths import strip_views
 from fx_fusion.graph.sizes import Sizes, same
@@ -238,7 +239,9 @@ def _facts(match: Match, problem: Problem) -> dict[str, Any]:
         "saturate": match.saturate,
         "masked": addresses.stored is not None,
         "index_arithmetic": _computes_indices(match),
-        "addressed_by": "block and offset"
+        "addressed_by": "a layer's name"
+        if _is_stand_in(match)
+        else "block and offset"
         if problem.separate_blocks
         else "slice"
         if match.slots.node is None
@@ -247,6 +250,11 @@ def _facts(match: Match, problem: Problem) -> dict[str, Any]:
         else "slot",
         "return_k": match.return_k,
     }
+
+
+def _is_stand_in(match: Match) -> bool:
+    """Does the cache only stand for one that an operation finds when it runs?"""
+    return STAND_IN in match.key_store.store.cache.meta
 
 
 def _computes_indices(match: Match) -> bool:
@@ -285,6 +293,13 @@ def _conversion_words(facts: dict[str, Any]) -> list[str]:
     return [" ".join(words)] if words else []
 
 
+def _cache_words(facts: dict[str, Any]) -> str:
+    size = "" if facts["addressed_by"] == "a layer's name" else f" [{', '.join(facts['cache_size'])}]"
+    computed = " (computed in the graph)" if facts["index_arithmetic"] else ""
+    masked = ", some tokens masked" if facts["masked"] else ""
+    return f"cache{size} by {facts['addressed_by']}{computed}{masked}"
+
+
 def _words(facts: dict[str, Any]) -> str:
     norm = facts["norm"]
     mrope = facts["mrope_section"]
@@ -297,9 +312,7 @@ def _words(facts: dict[str, Any]) -> str:
             if mrope
             else f"angles by {facts['angles']}"
         ),
-        f"cache [{', '.join(facts['cache_size'])}] by {facts['addressed_by']}"
-        + (" (computed in the graph)" if facts["index_arithmetic"] else "")
-        + (", some tokens masked" if facts["masked"] else ""),
+        _cache_words(facts),
         *_conversion_words(facts),
     ]
     return ", ".join(parts)

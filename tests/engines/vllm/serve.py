@@ -1,17 +1,22 @@
-"""Serve one tiny model with the real engine, and print what it generated: ``python serve.py '{"model": …}'``.
+"""Serve tiny models with the real engine, and print what each generated: ``python serve.py '[{"model": …}, …]'``.
 
-Run in the engine's environment, a process for each start of the engine. The last line is a JSON object. Keys of the
-argument: ``folder`` and ``model``; ``engine``, arguments of ``vllm.LLM``; ``compilation``, of ``CompilationConfig``;
-``vllm_compile``, whether vLLM's own backend compiles (on a CPU, it leaves that to Inductor); ``image``; ``tokens``;
-``times``, how often the prompts are served; ``change``, a function of :mod:`changes` that is called before the start.
+Run in the engine's environment. For each object of the list a line ``RESULT`` with a JSON object, which holds ``error``
+where the engine did not start. Keys: ``folder`` and ``model``; ``engine``, arguments of ``vllm.LLM``; ``compilation``,
+of ``CompilationConfig``; ``vllm_compile``, whether vLLM's own backend compiles (on a CPU, it leaves that to Inductor);
+``image``; ``prompts``; ``tokens``; ``times``, how often the prompts are served; ``change``, a context of :mod:`changes`
+in which all of this happens.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
+import importlib
+import importlib.util
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 
 for _name, _value in {
@@ -26,6 +31,9 @@ for _name, _value in {
     os.environ.setdefault(_name, _value)
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+#: Whatever is defined in them goes with them.
+_libraries: list = []
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [100, 200, 300], [17] * 20, [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]]
 IMAGE_PROMPT = [5, 1002, 1000, 1003, 6, 7, 8]
@@ -55,7 +63,6 @@ def vllm_compile_on_cpu():
 
 def define_missing_operations():
     """Operations of vLLM's GPU build that its passes compare nodes with: names, without an implementation."""
-    import importlib.util
     import re
 
     import torch
@@ -85,20 +92,15 @@ def serve(spec: dict) -> dict:
     from vllm.config import CompilationConfig
 
     own = spec.get("vllm_compile", False)
-    kept = []
-    if own:
-        import vllm._custom_ops
-
-        kept = define_missing_operations()
-    if "change" in spec:
-        import changes
-
-        getattr(changes, spec["change"])()
+    if own and not _libraries:
+        importlib.import_module("vllm._custom_ops")
+        _libraries.extend(define_missing_operations())
     compilation = spec.get("compilation", {})
     if own:
         compilation = {"compile_sizes": [], "pass_config": {"fuse_rope_kvcache_cat_mla": False}, **compilation}
     engine = {
         "dtype": "float32", "max_model_len": 512, "max_num_seqs": 8, "max_num_batched_tokens": 512, "seed": 0,
+        "disable_log_stats": False,
         **({} if spec.get("image") else {"skip_tokenizer_init": True}), **spec.get("engine", {}),
     }  # fmt: skip
     if "_vl" in spec["model"]:
@@ -115,7 +117,6 @@ def serve(spec: dict) -> dict:
     served = []
     for _ in range(spec.get("times", 1)):
         served += [output.outputs[0] for output in llm.generate(prompts, wanted, use_tqdm=False)]
-    del kept
     return {
         "tokens": [list(each.token_ids) for each in served],
         "logprobs": [
@@ -138,6 +139,7 @@ def _about(llm) -> dict:
     layers = [each for each in config.static_forward_context.values() if hasattr(each, "attn_backend")]
     return {
         "mode": config.mode.name,
+        "preemptions": sum(each.value for each in llm.get_metrics() if each.name == "vllm:num_preemptions"),
         "splitting_ops": config.splitting_ops,
         "backends": sorted({each.attn_backend.get_name() for each in layers}),
     }
@@ -153,10 +155,64 @@ def _seen() -> dict:
     return {
         "plugin": True,
         "seen": {name: vars(each) for name, each in SEEN.items()},
-        "reports": [str(each) for each in REPORTS.since({})],
-        "passes": int(os.environ.get("FX_FUSION_TEST_PASSES", "0")),
+        "reports": [str(each) for each in REPORTS.since(_reports_before)],
+        "passes": _passes[0],
     }
 
 
+#: How often a graph pass ran in this process, and the reports of earlier engines.
+_passes = [0]
+_reports_before: dict = {}
+
+
+def count_passes() -> None:
+    from fx_fusion import fusion_pass
+
+    apply = fusion_pass.apply
+
+    def counted(*args, **kwargs):
+        _passes[0] += 1
+        return apply(*args, **kwargs)
+
+    fusion_pass.apply = counted
+
+
+def one(spec: dict) -> dict:
+    """As `serve`, and the engine is gone afterwards."""
+    import torch
+
+    if "fx_fusion" in sys.modules:
+        from fx_fusion.report import REPORTS
+
+        _passes[0] = 0
+        _reports_before.update(REPORTS.snapshot())
+    torch._dynamo.reset()
+    try:
+        with _change(spec.get("change")):
+            return serve(spec)
+    except BaseException as error:
+        traceback.print_exc()
+        return {"error": f"{type(error).__name__}: {error}"}
+    finally:
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        gc.collect()
+        with contextlib.suppress(Exception):
+            cleanup_dist_env_and_memory()
+
+
+def _change(name: str | None):
+    import changes
+
+    return getattr(changes, name)() if name else contextlib.nullcontext()
+
+
+def main() -> None:
+    if os.environ.get("FX_FUSION_VLLM"):
+        count_passes()
+    for spec in json.loads(sys.argv[1]):
+        print("RESULT " + json.dumps(one(spec)), flush=True)
+
+
 if __name__ == "__main__":
-    print("RESULT " + json.dumps(serve(json.loads(sys.argv[1]))), flush=True)
+    main()
