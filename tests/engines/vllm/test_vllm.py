@@ -29,6 +29,9 @@ MODELS = {
     "qwen3_next": 2,
 }
 
+#: On a CPU, linear attention is for bfloat16.
+HALF = ("qwen3_next",)
+
 LONG = [[(7 * i + j) % 900 + 5 for j in range(70)] + [20 + i] * (i + 3) for i in range(4)]
 
 
@@ -44,6 +47,13 @@ def fused(got: dict, layers: int) -> None:
     assert len(got["seen"]) == layers
     for seen in got["seen"].values():
         assert seen["kernel"] == "reference" and seen["stores"] > 0 and seen["fallbacks"] == 0, seen
+
+
+def near(got: dict, wanted: dict) -> None:
+    """In bfloat16, with one rounding where vLLM takes three: the first token of each prompt, which has no history."""
+    assert "error" not in got and "error" not in wanted, (got, wanted)
+    for ours, theirs in zip(got["logprobs"], wanted["logprobs"], strict=True):
+        assert abs(ours[0] - theirs[0]) < 0.1
 
 
 def _model(name: str, **more) -> dict:
@@ -71,7 +81,7 @@ def test_one_model_in_pieces():
 
 @pytest.fixture(scope="module")
 def every_model() -> tuple[dict[str, dict], dict[str, dict], Served]:
-    specs = [_model(name) for name in MODELS]
+    specs = [_model(name, **({"engine": {"dtype": "bfloat16"}} if name in HALF else {})) for name in MODELS]
     with_it = serve(*specs, switch="reference")
     without = serve(*map(eager, specs))
     return dict(zip(MODELS, with_it.results, strict=True)), dict(zip(MODELS, without.results, strict=True)), with_it
@@ -80,7 +90,7 @@ def every_model() -> tuple[dict[str, dict], dict[str, dict], Served]:
 @pytest.mark.parametrize("name", MODELS)
 def test_model(every_model, name):
     got, wanted, _ = every_model
-    agree(got[name], wanted[name])
+    (near if name in HALF else agree)(got[name], wanted[name])
     fused(got[name], MODELS[name])
 
 
@@ -125,11 +135,9 @@ def test_feature(features, name):
 
 
 def test_half_precision(features):
-    """One rounding where vLLM takes three: near, not equal. The first token of each prompt has no history."""
     got, wanted = features["half precision"]
+    near(got, wanted)
     fused(got, 3)
-    for a, b in zip(got["logprobs"], wanted["logprobs"], strict=True):
-        assert abs(a[0] - b[0]) < 0.1
 
 
 def test_tensor_parallel():

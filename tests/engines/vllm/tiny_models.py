@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
 import transformers
-from safetensors.torch import save_file
 
 VOCABULARY = 1024
 LAYERS = 3
@@ -87,10 +88,10 @@ def write(folder: Path, name: str) -> None:
     config = transformers.AutoConfig.from_pretrained(place)
     model = getattr(transformers, architecture)(config).to(torch.float32)
     _fill(model)
-    state = {key: value.to(torch.bfloat16).contiguous().clone() for key, value in model.state_dict().items()}
-    if content.get("tie_word_embeddings"):
-        state.pop("lm_head.weight", None)
-    save_file(state, place / "model.safetensors", metadata={"format": "pt"})
+    with tempfile.TemporaryDirectory() as saved:
+        # Weights as checkpoints have them; the configuration stays the one above.
+        model.to(torch.bfloat16).save_pretrained(saved)
+        shutil.copy(Path(saved, "model.safetensors"), place)
     if "vision_config" in content:
         _write_processor(place)
 
@@ -104,7 +105,10 @@ def _fill(model: torch.nn.Module) -> None:
             value = torch.rand(parameter.shape, generator=generator) + 0.5
         elif parameter.dim() == 1:
             value = value * 0.02
-        elif "embed_tokens" not in name:
+        elif "embed_tokens" in name:
+            # Where logits are products with the same rows, a large one would repeat its token for ever.
+            value = value * (0.05 if model.config.get_text_config().tie_word_embeddings else 1.0)
+        else:
             value = value * parameter.shape[-1] ** -0.5 * 1.2
         with torch.no_grad():
             parameter.copy_(value)
