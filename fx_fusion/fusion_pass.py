@@ -27,6 +27,7 @@ from fx_fusion.graph import tidy
 from fx_fusion.graph.analysis import Facts
 from fx_fusion.kernels.dispatch import KernelUnavailable
 from fx_fusion.kernels.measure import tuned
+from fx_fusion.kernels.qk_norm_rope_cache.insert import fused_calls
 from fx_fusion.kernels.target import Target
 from fx_fusion.kernels.versions import aiter_version, triton_version
 from fx_fusion.observer import NOBODY, Observer
@@ -136,7 +137,7 @@ def apply(graph: Graph, config: Config, *, training: bool = False, observer: Obs
             inlined.restore(rewritten=rewritten)
             if rewritten:
                 tidy.finish(graph)
-            stand_ins.settle()
+            stand_ins.settle(fused_calls(graph))
             mutated += 2 * len(stand_ins) + len(inlined.hidden_stores or inlined.hidden_attention)
     stores = 0 if any(layer.code == "store.missing" for layer in layers) else mutated
     if len(layers) > 1:

@@ -13,19 +13,18 @@ takes out whatever else was put in. Where nothing was fused, the graph is what i
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
-from fx_fusion.graph.custom_calls import OpaqueCall, operation, read_call
+from fx_fusion.graph.custom_calls import FusedCall, OpaqueCall, operation, read_call
 from fx_fusion.graph.edit import STAND_IN, Emitter
 from fx_fusion.graph.nodes import value_of
 from fx_fusion.graph.operations import aten
 from fx_fusion.graph.paths import strip_views
-from fx_fusion.kernels.qk_norm_rope_cache.insert import FusedCall, fused_calls
 
 #: Rows of a cache that stands for one whose size is not known.
 _ROWS = 1 << 20
@@ -136,9 +135,13 @@ class StandIns:
             node.replace_input_with(key, stored)
         self._all.append(_StandIn(declared, call, inputs, new[0], stored, (k_copy, v_copy), unread))
 
-    def settle(self) -> None:
-        """Take out all that stands for something; a fused call on it becomes the operation that takes a name."""
-        calls = {base: call for call in fused_calls(self._graph) for base in (call.k_cache, call.v_cache)}
+    def settle(self, fused_calls: Iterable[FusedCall]) -> None:
+        """Take out all that stands for something; a fused call on it becomes the operation that takes a name.
+
+        Args:
+            fused_calls: those of the graph as it is now.
+        """
+        calls = {base: call for call in fused_calls for base in (call.k_cache, call.v_cache)}
         for each in self._all:
             fused = calls.get(each.inputs[1])
             if fused is None:

@@ -16,6 +16,7 @@ from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton
 from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate
 
+from fx_fusion.graph.custom_calls import FusedCall
 from fx_fusion.graph.edit import STAND_IN, Emitter
 from fx_fusion.graph.nodes import value_of
 from fx_fusion.graph.operations import aten
@@ -32,25 +33,6 @@ class Results:
     q: Node
     k: Node | None
     caches: dict[Node, Node]
-
-
-@dataclass(frozen=True)
-class FusedCall:
-    """A call of the operation, as :func:`insert` put it into a graph.
-
-    Attributes:
-        tensors: its operands by their names in the schema, but for the caches; None for one that is absent.
-        options: everything else, by name.
-        q, k: what holds the rotated q and k; None where nothing uses it.
-    """
-
-    node: Node
-    tensors: Mapping[str, Node | None]
-    options: Mapping[str, Any]
-    k_cache: Node
-    v_cache: Node
-    q: Node | None
-    k: Node | None
 
 
 def fused_calls(graph: Graph) -> Iterator[FusedCall]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from fx_fusion.engines.vllm.cache_views import Views, compact_like, views
 from fx_fusion.kernels.capture_guard import refuse_in_capture
 
-#: Tokens that are stored: at both ends of a block, in another one, and one that is not stored.
+#: Of the small cache. Tokens go to both ends of a block and to other blocks, and one goes nowhere.
 _BLOCKS = 3
 
 _known: dict[Any, str | None] = {}
@@ -45,8 +45,11 @@ def _difference(layer: Any, kv_cache: Tensor, dtype: torch.dtype) -> str | None:
     key, value = (
         (torch.randint(1, 17, shape, generator=generator) / 4).to(device=device, dtype=dtype) for _ in range(2)
     )
-    with torch.no_grad():
-        layer.impl.do_kv_cache_update(layer, key, value, small, slots)
+    try:
+        with torch.no_grad():
+            layer.impl.do_kv_cache_update(layer, key, value, small, slots)
+    except Exception as error:
+        return f"what {layer.attn_backend.get_name()} stores cannot be checked ({type(error).__name__}: {error})"
     stored = slots >= 0
     place = slots[stored] // size, slots[stored] % size
     for name, view, source, scale in (("k", there[0], key, "_k_scale"), ("v", there[1], value, "_v_scale")):

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm.compilation.passes.inductor_pass import InductorPass as _InductorPass
 from vllm.config import CompilationConfig as _CompilationConfig
@@ -14,10 +14,14 @@ from vllm.logger import init_logger as _init_logger
 from vllm.model_executor.layers.attention import Attention as _Attention
 from vllm.model_executor.layers.attention.attention import get_attention_context as _get_attention_context
 from vllm.platforms import current_platform as _current_platform
-from vllm.utils.torch_utils import LayerNameType as _LayerNameType
 from vllm.utils.torch_utils import _resolve_layer_name
 from vllm.utils.torch_utils import direct_register_custom_op as _direct_register_custom_op
 from vllm.v1.worker.worker_base import WorkerWrapperBase as _WorkerWrapperBase
+
+if TYPE_CHECKING:
+    LayerNameType = str | object
+else:
+    from vllm.utils.torch_utils import LayerNameType as LayerNameType
 
 # vLLM's annotations are not those of a typed package: what crosses the border is Any.
 InductorPass: Any = _InductorPass
@@ -25,7 +29,6 @@ CompilationConfig: Any = _CompilationConfig
 CompilationMode: Any = _CompilationMode
 Attention: Any = _Attention
 WorkerWrapperBase: Any = _WorkerWrapperBase
-LayerNameType: Any = _LayerNameType
 current_platform: Any = _current_platform
 direct_register_custom_op: Any = _direct_register_custom_op
 get_attention_context: Any = _get_attention_context

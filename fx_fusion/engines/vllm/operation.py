@@ -27,6 +27,9 @@ from fx_fusion.kernels.capture_guard import refuse_in_capture
 from fx_fusion.kernels.qk_norm_rope_cache.cache_layout import CacheLayout
 from fx_fusion.kernels.qk_norm_rope_cache.operation import OVERLOAD
 
+Operands = tuple[Tensor | None, ...]
+"""q, k, v, the weights, cos, sin and positions of a fused call."""
+
 
 @dataclass
 class Seen:
@@ -192,65 +195,36 @@ def _slots_of(q: Tensor, slots: Tensor | None) -> Tensor:
 
 
 def _fused(
-    operands: tuple[Tensor | None, ...],
-    layer: Any,
-    place: Place,
-    slots: Tensor,
-    options: dict[str, Any],
-    return_k: bool,
-    kernel: str,
+    operands: Operands, layer: Any, place: Place, slots: Tensor, options: dict[str, Any], return_k: bool, kernel: str
 ) -> tuple[Tensor, Tensor]:
     quantised = is_float8(place.k_cache)
     scales = (layer._k_scale, layer._v_scale) if quantised else (None, None)
-    return _call(
-        *operands,
-        slots,
-        *scales,
-        place.k_cache,
-        place.v_cache,
-        k_layout=place.k_layout,
-        v_layout=place.v_layout,
-        saturate=quantised,
-        return_k=return_k,
-        implementation=kernel,
-        **options,
-    )
+    layouts = {"k_layout": place.k_layout, "v_layout": place.v_layout}
+    own = {"saturate": quantised, "return_k": return_k, "implementation": kernel}
+    return _call(operands, slots, scales, (place.k_cache, place.v_cache), {**options, **layouts, **own})
 
 
-def _without_store(operands: tuple[Tensor | None, ...], options: dict[str, Any], kernel: str) -> tuple[Tensor, Tensor]:
+def _without_store(operands: Operands, options: dict[str, Any], kernel: str) -> tuple[Tensor, Tensor]:
     """Norm and rotation alone: every token goes to a slot that is none, of a cache of one."""
     q, k = operands[0], operands[1]
     assert q is not None and k is not None
     nowhere = k.new_empty(1, 1, *k.shape[2:])
     slots = torch.full((1, q.shape[1]), -1, dtype=torch.int64, device=q.device)
-    layout = CacheLayout.of(nowhere)
-    return _call(
-        *operands, slots, None, None, nowhere, nowhere, k_layout=layout, v_layout=layout, saturate=False,
-        return_k=True, implementation=kernel, **options,
-    )  # fmt: skip
+    layouts = {"k_layout": CacheLayout.of(nowhere), "v_layout": CacheLayout.of(nowhere)}
+    own = {"saturate": False, "return_k": True, "implementation": kernel}
+    return _call(operands, slots, (None, None), (nowhere, nowhere), {**options, **layouts, **own})
 
 
 def _call(
-    q: Tensor | None,
-    k: Tensor | None,
-    v: Tensor | None,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    positions: Tensor | None,
+    operands: Operands,
     slots: Tensor,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    **options: Any,
+    scales: tuple[Tensor | None, Tensor | None],
+    caches: tuple[Tensor, Tensor],
+    options: dict[str, Any],
 ) -> tuple[Tensor, Tensor]:
     """The fused operation, on flat slots of which negative ones store nothing."""
-    return OVERLOAD(
-        q, k, v, q_weight, k_weight, cos, sin, positions, slots, None, k_scale, v_scale, k_cache, v_cache,
-        k_scale_value=None, v_scale_value=None, skip_negative_slots=True, **options,
-    )  # fmt: skip
+    fixed = {"k_scale_value": None, "v_scale_value": None, "skip_negative_slots": True}
+    return OVERLOAD(*operands, slots, None, *scales, *caches, **fixed, **options)
 
 
 def _tell_once(seen: Seen, layer: Any, why: str) -> None:
@@ -259,8 +233,8 @@ def _tell_once(seen: Seen, layer: Any, why: str) -> None:
     known = any(each.why == why for each in SEEN.values())
     seen.why = why
     if not known:
-        logger.warning("fx_fusion: norm and rotation are one call, but %s stores itself: %s",
-                       layer.attn_backend.get_name(), why)  # fmt: skip
+        told = "fx_fusion: norm and rotation are one call, but %s stores itself: %s"
+        logger.warning(told, layer.attn_backend.get_name(), why)
 
 
 _LIBRARY = torch.library.Library("fx_fusion_vllm", "FRAGMENT")

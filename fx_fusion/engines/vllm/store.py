@@ -11,10 +11,9 @@ from torch.fx import Node
 from fx_fusion.engines.vllm.cache_views import reads_cache_only
 from fx_fusion.engines.vllm.names import ATTENTION, STORE, Attention, get_forward_context, is_forward_context_available
 from fx_fusion.engines.vllm.operation import OPERATION
-from fx_fusion.graph.custom_calls import OpaqueCall, operation
+from fx_fusion.graph.custom_calls import FusedCall, OpaqueCall, operation
 from fx_fusion.graph.edit import Emitter
 from fx_fusion.graph.nodes import value_of
-from fx_fusion.kernels.qk_norm_rope_cache.insert import FusedCall
 from fx_fusion.semantics.hidden_stores import HiddenStore, Named
 
 _TENSORS = ("q", "k", "v", "q_weight", "k_weight", "cos", "sin", "positions")

@@ -60,7 +60,7 @@ class Summary:
             if layer.code is not None and layer.code not in _SILENT
         )
         told = [reason for reason, _ in reasons.most_common()] if len(fused) < len(layers) else []
-        told += dict.fromkeys(SEEN[name].why for name in fused if SEEN[name].why is not None)
+        told += [why for why in dict.fromkeys(SEEN[name].why for name in fused) if why is not None]
         return Summary(config.model_config.architecture, layers, fused, tuple(kernels), tuple(told))
 
     def __str__(self) -> str:

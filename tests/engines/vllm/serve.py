@@ -184,6 +184,7 @@ def one(spec: dict) -> dict:
     if "fx_fusion" in sys.modules:
         from fx_fusion.report import REPORTS
 
+        importlib.import_module("fx_fusion.engines.vllm.operation").SEEN.clear()
         _passes[0] = 0
         _reports_before.update(REPORTS.snapshot())
     torch._dynamo.reset()
