@@ -106,7 +106,11 @@ _SMALL = {"block_size": 32, "max_num_seqs": 4}
 FEATURES = {
     "chunked prefill": {"prompts": LONG, "engine": {"max_num_batched_tokens": 16, **_SMALL}},
     "prefix caching": {"prompts": [LONG[0], LONG[0], [*LONG[0][:64], 9, 8, 7]], "times": 2, "engine": _SMALL},
-    "preemption": {"prompts": LONG, "tokens": 40, "engine": {"num_gpu_blocks_override": 10, **_SMALL}},
+    "preemption": {
+        "prompts": LONG,
+        "tokens": 40,
+        "engine": {"num_gpu_blocks_override": 10, "max_model_len": 160, **_SMALL},
+    },
     "ngram": {
         "prompts": [[5, 6, 7, 8] * 6, [3, 1, 4, 1, 5, 9] * 4],
         "tokens": 24,
