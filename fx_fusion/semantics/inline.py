@@ -50,8 +50,8 @@ class Inlined:
         return admissible_sizes(self._graph.nodes)[0]
 
     def assumed(self, match: Any) -> list[str]:
-        """The assumptions that `match` (whatever a fusion read) rests on, each once."""
-        found: dict[str, None] = {}
+        """What `match` (whatever a fusion read) rests on: each meaning once, with the worst of its comparisons."""
+        found: dict[str, Expansion] = {}
         seen: set[Node] = set()
         stack = list(_nodes_in(match))
         while stack:
@@ -60,9 +60,11 @@ class Inlined:
                 continue
             seen.add(node)
             if node in self._of:
-                found[self._of[node].assumption] = None
+                expansion = self._of[node]
+                title = expansion.meaning.title
+                found[title] = max(found.get(title, expansion), expansion, key=_doubt)
                 stack.extend(node.all_input_nodes)
-        return sorted(found)
+        return sorted(expansion.assumption for expansion in found.values())
 
     def check_stores(self, live: Set[Node], writers: Iterable[Node], replaced: Set[Node]) -> None:
         """An operation that stores what a call is to store must do nothing else: it would stay and store once more,
@@ -120,6 +122,11 @@ class Inlined:
                 user.replace_input_with(now, held)
             changed.extend(users)
         return changed
+
+
+def _doubt(expansion: Expansion) -> float:
+    difference = expansion.comparison.difference
+    return float("inf") if difference is None else difference
 
 
 def _is_root(node: Node) -> bool:

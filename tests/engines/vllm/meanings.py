@@ -84,8 +84,11 @@ def main() -> None:
             found = COMPARISONS.of(meanings[f"{name}.default"], op, sample, written, Sizes())
             title = f"{name}, {special}, {str(dtype).removeprefix('torch.')}"
             compared[title] = [found.differs, found.difference, str(found)]
+    row, other = (torch.tensor([lanes * 16]).bfloat16() for lanes in ([256.0, 1.0], [1.0, 0.0]))
+    torch.ops._C.fused_add_rms_norm(other, row, torch.ones(32, dtype=torch.bfloat16), 0.0)
+    added = [other[0, 1].item(), row[0, 0].item()]
     hidden = {name: str(op._schema) if (op := find(name)) else None for name in HIDDEN}
-    print("RESULT " + json.dumps({"schemas": schemas, "compared": compared, "hidden": hidden}))
+    print("RESULT " + json.dumps({"schemas": schemas, "compared": compared, "hidden": hidden, "added": added}))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import json
 import subprocess
 
 import pytest
+import torch
 from engines.vllm.engine import HERE, PYTHON, _environment
 
 pytestmark = [
@@ -56,3 +57,11 @@ def test_meanings_agree_with_the_operations(found):
 def test_a_comparison_sees_what_the_operations_do_wrong(found):
     faulty = {use: differs for use, (differs, _, _) in found["compared"].items() if use.startswith(FAULTY)}
     assert faulty and all(faulty.values()), faulty
+
+
+def test_the_sum_is_normalised_before_it_is_rounded(found):
+    """256 + 1 is 256 in bfloat16, and what the other lane is divided by depends on it."""
+    lane, residual = found["added"]
+    assert residual == 256
+    nearest = {total: float(torch.tensor(((total**2 + 1) / 2) ** -0.5, dtype=torch.bfloat16)) for total in (256, 257)}
+    assert nearest[256] != nearest[257] and lane == nearest[257]

@@ -111,6 +111,8 @@ FEATURES = {
         "tokens": 40,
         "engine": {"num_gpu_blocks_override": 10, "max_model_len": 160, **_SMALL},
     },
+    "half precision": {"engine": {"dtype": "bfloat16"}},
+    # The last one: it imports numba, after which no further engine starts in a process.
     "ngram": {
         "prompts": [[5, 6, 7, 8] * 6, [3, 1, 4, 1, 5, 9] * 4],
         "tokens": 24,
@@ -119,7 +121,6 @@ FEATURES = {
             "speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3},
         },
     },
-    "half precision": {"engine": {"dtype": "bfloat16"}},
 }
 
 
