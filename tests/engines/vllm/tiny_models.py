@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 VOCABULARY = 1024
 LAYERS = 3
@@ -71,7 +72,7 @@ MODELS: dict[str, tuple[str, dict]] = {
         {
             "model_type": "qwen3_next", **_TEXT, **_EXPERTS, "num_hidden_layers": 4, "partial_rotary_factor": 0.25,
             "shared_expert_intermediate_size": 128, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
-            "linear_key_head_dim": 32, "linear_value_head_dim": 32, "linear_conv_kernel_dim": 4,
+            "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4,
             "layer_types": ["linear_attention", "full_attention"] * 2,
         },
     ),
@@ -92,8 +93,17 @@ def write(folder: Path, name: str) -> None:
         # Weights as checkpoints have them; the configuration stays the one above.
         model.to(torch.bfloat16).save_pretrained(saved)
         shutil.copy(Path(saved, "model.safetensors"), place)
+    if name == "qwen3_vl_moe":
+        _turn_experts(place / "model.safetensors")
     if "vision_config" in content:
         _write_processor(place)
+
+
+def _turn_experts(path: Path) -> None:
+    """Published checkpoints of this kind hold the experts' weights with inputs before outputs, [E, in, out]."""
+    state = load_file(path)
+    turned = {key: value.mT.contiguous() for key, value in state.items() if key.endswith(("gate_up_proj", "down_proj"))}
+    save_file({**state, **turned}, path, metadata={"format": "pt"})
 
 
 def _fill(model: torch.nn.Module) -> None:
