@@ -40,19 +40,19 @@ def models() -> Path:
     if not stamp.exists() or stamp.read_text() != source:
         names = subprocess.run(
             [PYTHON, "-c", "import tiny_models; print(*tiny_models.MODELS)"],
-            cwd=HERE, check=True, capture_output=True, text=True, env=_environment(None, None),
+            cwd=HERE, check=True, capture_output=True, text=True, env=environment(),
         ).stdout.split()  # fmt: skip
         subprocess.run(
             [PYTHON, HERE / "tiny_models.py", folder, *names],
             check=True,
-            env=_environment(None, None),
+            env=environment(),
             timeout=_SECONDS,
         )
         stamp.write_text(source)
     return folder
 
 
-def _environment(switch: str | None, cache: Path | None) -> dict[str, str]:
+def environment(switch: str | None = None, cache: Path | None = None) -> dict[str, str]:
     """Nothing of the test run's own caches and switches; the engine's are kept from one run to the next."""
     cache = cache or WORK / "cache"
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("FX_FUSION", "TORCHINDUCTOR"))}
@@ -75,9 +75,9 @@ def serve(*specs: dict, switch: str | None = None, cache: Path | None = None, **
         more: further environment variables.
     """
     given = json.dumps([{"folder": str(models()), **spec} for spec in specs])
-    environment = {**_environment(switch, cache), **more}
+    variables = {**environment(switch, cache), **more}
     done = subprocess.run(
-        [PYTHON, HERE / "serve.py", given], capture_output=True, text=True, timeout=_SECONDS, env=environment
+        [PYTHON, HERE / "serve.py", given], capture_output=True, text=True, timeout=_SECONDS, env=variables
     )
     log = done.stdout + done.stderr
     results = [json.loads(line.removeprefix("RESULT ")) for line in log.splitlines() if line.startswith("RESULT ")]

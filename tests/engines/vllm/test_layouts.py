@@ -6,7 +6,7 @@ import json
 import subprocess
 
 import pytest
-from engines.vllm.engine import HERE, PYTHON, _environment
+from engines.vllm.engine import HERE, PYTHON, environment
 
 pytestmark = [
     pytest.mark.engines,
@@ -17,7 +17,7 @@ pytestmark = [
 
 def test_every_layout():
     command = [PYTHON, HERE / "layouts.py"]
-    done = subprocess.run(command, capture_output=True, text=True, env=_environment(None, None), timeout=500)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=500)
     line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
     assert line is not None, done.stderr[-3000:]
     found = json.loads(line.removeprefix("RESULT "))

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 import torch
-from engines.vllm.engine import HERE, PYTHON, _environment
+from engines.vllm.engine import HERE, PYTHON, environment
 
 pytestmark = [
     pytest.mark.engines,
@@ -26,7 +26,7 @@ GPU_ONLY = {
 @pytest.fixture(scope="module")
 def found() -> dict:
     command = [PYTHON, HERE / "meanings.py"]
-    done = subprocess.run(command, capture_output=True, text=True, env=_environment(None, None), timeout=500)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=500)
     line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
     assert line is not None, done.stderr[-3000:]
     return json.loads(line.removeprefix("RESULT "))
