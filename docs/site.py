@@ -20,9 +20,15 @@ SOURCES = ROOT / "build" / "site-sources"
 SECTIONS: dict[str, list[str]] = {
     "Start": ["README.md", "docs/concepts.md", "docs/backend.md", "docs/coverage.md", "docs/compared.md"],
     "See what happens": ["docs/explain.md", "docs/reports.md", "docs/declines.md", "docs/doctor.md", "docs/patch.md"],
-    "Your own": ["docs/own_fusions.md", "docs/meanings.md", "docs/testing.md"],
+    "Your own": ["docs/own_fusions.md", "docs/own_kernels.md", "docs/meanings.md", "docs/testing.md"],
     "In production": ["docs/capture.md", "docs/hazards.md", "docs/kernels.md", "docs/tuning.md"],
-    "Reference": ["reference.md", "docs/verification.md", "docs/mutation.md", "CONTRIBUTING.md", "CHANGELOG.md"],
+    "Contributing": [
+        "CONTRIBUTING.md",
+        "docs/contributing/layers.md",
+        "docs/contributing/style.md",
+        "docs/contributing/vocabulary.md",
+    ],
+    "Reference": ["reference.md", "docs/verification.md", "docs/mutation.md", "CHANGELOG.md"],
 }
 _SUFFIXES = (".md", ".py", ".json", ".svg", ".png", ".txt")
 

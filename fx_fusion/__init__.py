@@ -9,9 +9,12 @@ from fx_fusion.fusion import Fusion, Handle
 from fx_fusion.fusion_pass import FusionPass
 from fx_fusion.graph_capture.hazards import Hazard, HazardReport, capture_hazards
 from fx_fusion.graph_capture.warm import NotWarm, Warmup, refuse_compilation_in_captures, warmup
+from fx_fusion.kernel_registration import load_installed, register_kernel
 from fx_fusion.kernels.capture_guard import FirstUseInCapture
-from fx_fusion.kernels.dispatch import KernelUnavailable
+from fx_fusion.kernels.operation import Implementation, KernelUnavailable
+from fx_fusion.kernels.qk_norm_rope_cache.call import Call
 from fx_fusion.kernels.qk_norm_rope_cache.operation import qk_norm_rope_cache
+from fx_fusion.kernels.target import Target
 from fx_fusion.patterns.qk_norm_rope_cache.fusion import QkNormRopeCache
 from fx_fusion.registration import fusions, register_fusion
 from fx_fusion.report import FusionReport, LayerReport, last_report
@@ -21,6 +24,7 @@ from fx_fusion.version import __version__
 
 __all__ = [
     "CODES",
+    "Call",
     "Config",
     "Decline",
     "FirstUseInCapture",
@@ -31,6 +35,7 @@ __all__ = [
     "Handle",
     "Hazard",
     "HazardReport",
+    "Implementation",
     "KernelUnavailable",
     "LayerReport",
     "MeaningHandle",
@@ -40,6 +45,7 @@ __all__ = [
     "QkNormRope",
     "QkNormRopeCache",
     "SwiGLU",
+    "Target",
     "Warmup",
     "__version__",
     "capture_hazards",
@@ -49,9 +55,11 @@ __all__ = [
     "last_report",
     "qk_norm_rope_cache",
     "register_fusion",
+    "register_kernel",
     "warmup",
 ]
 
 register_fusion(QkNormRopeCache())
+load_installed()
 register()
 refuse_compilation_in_captures()

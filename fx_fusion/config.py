@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from fx_fusion.kernels.dispatch import NAMES
+from fx_fusion.kernels.operation import kernel_names
 from fx_fusion.kernels.target import Target
 
 PREFIX = "fx_fusion."
 INNER = ("inductor", "eager")
+TRUST = ("proved", "sampled")
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
@@ -28,6 +29,8 @@ class Config:
         strict: an exception inside a reader fails the compilation instead of declining.
         inner: ``inductor``, or ``eager`` to run the rewritten graph without compiling it (debugging, quick tests).
         mode: a ``torch.compile`` mode, for use together with other options (torch.compile refuses both at once).
+        trust: what is enough to rewrite: ``proved`` (exactly, over finite fields), or ``sampled`` (on random floats,
+            where a region holds an operation that has no meaning there).
         target: check contracts for this place (``gfx942``, ``cuda``, …) instead of the tensors' own device.
     """
 
@@ -36,11 +39,13 @@ class Config:
     strict: bool = False
     inner: str = "inductor"
     mode: str | None = None
+    trust: str = "proved"
     target: str | None = None
 
     def __post_init__(self) -> None:
-        _one_of("kernel", self.kernel, NAMES)
+        _one_of("kernel", self.kernel, kernel_names())
         _one_of("inner", self.inner, INNER)
+        _one_of("trust", self.trust, TRUST)
         if self.mode is not None:
             _one_of("mode", self.mode, MODES)
         if type(self.require) is not int or self.require < 0:
@@ -82,8 +87,10 @@ def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
 def kernel_from_environment() -> str:
     """``FX_FUSION_KERNEL``: the kernel where no option names one."""
     name = os.environ.get("FX_FUSION_KERNEL") or "auto"
-    if name not in NAMES:
-        raise OptionError(f"the environment variable FX_FUSION_KERNEL must be one of {', '.join(NAMES)}, got {name!r}")
+    if name not in kernel_names():
+        raise OptionError(
+            f"the environment variable FX_FUSION_KERNEL must be one of {', '.join(kernel_names())}, got {name!r}"
+        )
     return name
 
 

@@ -70,6 +70,8 @@ CODES: dict[str, str] = {
     "region.too_large": "The region is too large to evaluate within the memory bound.",
     "region.sizes": "A size that must be a number is a symbol, or depends on data.",
     "proof.not_analytic": "A step on the data path is not analytic, so samples cannot prove what it computes.",
+    "proof.sampled": "A step has no meaning in a finite field: samples agree, and fx_fusion.trust asks for a proof.",
+    "proof.degree": "The region computes a polynomial of too high a degree to be compared exactly.",
     "proof.rounding": "A step rounds more coarsely (or computes more finely) than the fused kernel does.",
     "proof.mismatch": "The region and the fused operation differ.",
     "contract.kernel": "No kernel can serve this call.",

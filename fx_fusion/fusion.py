@@ -14,6 +14,7 @@ from fx_fusion.decline import Decline
 from fx_fusion.fingerprint import Unreadable, fingerprint
 from fx_fusion.graph.analysis import Facts
 from fx_fusion.kernels.target import Target
+from fx_fusion.proof.evidence import Evidence
 
 
 class Candidate(Protocol):
@@ -34,13 +35,14 @@ class Assessment:
     Attributes:
         words: what was read off, for people.
         reading: the same for programs.
-        error: largest relative difference to the replacement that the proof found.
+        known: what the proof found, about which the option ``fx_fusion.trust`` decides; or the largest relative
+            difference to the replacement, where samples are all there is.
         eligible: for each fast kernel, what it objects to, wherever it may run; None for nothing.
     """
 
     words: str
     reading: dict[str, Any]
-    error: float
+    known: Evidence | float
     eligible: dict[str, str | None] = field(default_factory=dict[str, "str | None"])
 
 

@@ -18,8 +18,9 @@ from torch.fx import Graph, Node
 from fx_fusion import config as configuration
 from fx_fusion.config import Config
 from fx_fusion.decline import OPAQUE, Decline, first_source_line, module_path, reaching
+from fx_fusion.fingerprint import Unreadable, fingerprint
 from fx_fusion.fusion import REGISTRY, AnyFusion, Candidate
-from fx_fusion.graph import tidy
+from fx_fusion.graph import tidy, transaction
 from fx_fusion.graph.analysis import Facts
 from fx_fusion.graph.torch_compat import (
     GraphPass,
@@ -29,11 +30,12 @@ from fx_fusion.graph.torch_compat import (
     sort_topologically,
     trace_structured,
 )
-from fx_fusion.kernels.dispatch import KernelUnavailable
 from fx_fusion.kernels.measure import tuned
+from fx_fusion.kernels.operation import OPERATIONS, KernelUnavailable
 from fx_fusion.kernels.target import Target
-from fx_fusion.kernels.versions import aiter_version, triton_version
 from fx_fusion.observer import NOBODY, Observer
+from fx_fusion.proof.evidence import Evidence, Sampled, require
+from fx_fusion.proof.field import Proved
 from fx_fusion.report import REPORTS, FusionReport, LayerReport
 from fx_fusion.semantics.declare import MEANINGS
 from fx_fusion.semantics.inline import Inlined, inline
@@ -66,13 +68,11 @@ class FusionPass(GraphPass):
     def uuid(self) -> Any:
         """Changes with everything that the result depends on; None (no caching) while that cannot be told."""
         before = self._before.uuid() if self._before is not None else ()
-        registered = REGISTRY.fingerprint()
-        declared = MEANINGS.fingerprint()
-        if before is None or registered is None or declared is None or configuration.fuel() is not None:
+        registered, kernels, declared = REGISTRY.fingerprint(), _kernels_fingerprint(), MEANINGS.fingerprint()
+        if None in (before, registered, kernels, declared) or configuration.fuel() is not None:
             return None
-        versions = triton_version(), aiter_version()
         settings = repr(self._config), configuration.disabled(), tuned.fingerprint()
-        return ("fx_fusion", _source_hash(), versions, registered, declared, settings, before)
+        return ("fx_fusion", _source_hash(), kernels, registered, declared, settings, before)
 
 
 def _call(graph_pass: Any, graph: Graph, is_inference: bool | None) -> None:
@@ -81,6 +81,15 @@ def _call(graph_pass: Any, graph: Graph, is_inference: bool | None) -> None:
             each(graph, is_inference)
         else:
             each(graph)
+
+
+def _kernels_fingerprint() -> tuple[tuple[str, str | None, str], ...] | None:
+    """Name, version and code of every kernel of every operation; None if some code cannot be read."""
+    kernels = [each for operation in OPERATIONS.values() for each in operation]
+    try:
+        return tuple((each.name, each.version(), fingerprint(each)) for each in kernels)
+    except Unreadable:
+        return None
 
 
 def _saves_for_backward(graph: Graph) -> bool:
@@ -188,11 +197,11 @@ def _apply_fusion(
         return
     memo: dict[object, Any] = {}
     layers: list[LayerReport] = []
-    matches: list[tuple[int, Any, str]] = []
+    matches: dict[int, tuple[Any, Any]] = {}
     for candidate in candidates:
         layer, match = _read(facts, fusion, candidate, memo, config, inlined)
         if layer.state == "rewritten":
-            matches.append((len(layers), match, str(layer.kernel)))
+            matches[len(layers)] = candidate, match
         layers.append(layer)
         observer.reads(fusion, facts, candidate, match, layer)
     refused = [_declined(fusion.name, decline) for decline in impossible]
@@ -200,13 +209,16 @@ def _apply_fusion(
     for layer in (*refused, *nothing):
         observer.reads(fusion, facts, None, None, layer)
     started = time.perf_counter()
-    for position, match, kernel in matches:
-        try:
-            fusion.rewrite(graph, match, kernel)
-            observer.rewrites(layers[position], graph)
-        except Exception as error:
-            layers[position] = _declined(fusion.name, _internal(error, config))
-    if matches:
+
+    def rewrite(position: int) -> None:
+        fusion.rewrite(graph, matches[position][1], str(layers[position].kernel))
+        observer.rewrites(layers[position], graph)
+
+    edits = {position: functools.partial(rewrite, position) for position in matches}
+    failed = transaction.apply_each(graph, edits, one_by_one=observer is not NOBODY)
+    for position, error in failed.items():
+        layers[position] = _not_rewritten(fusion.name, error, config, matches[position][0].anchor)
+    if len(failed) < len(matches):
         sort_topologically(graph)
     done.rewriting += time.perf_counter() - started
     done.layers += [*layers, *refused]
@@ -219,6 +231,8 @@ def _read(
     try:
         match = fusion.read(facts, candidate, memo)
         assessed = fusion.assess(match)
+        with reaching("proof"):
+            require(assessed.known, config.trust)
         with reaching("placement"):
             fusion.check(facts, match)
             inlined.check_stores(facts.live, *fusion.stores(match))
@@ -230,9 +244,9 @@ def _read(
         fusion.name,
         "recognised",
         read=assessed.words,
-        facts=assessed.reading,
+        reading=assessed.reading,
         eligible=assessed.eligible,
-        error=assessed.error,
+        **_shown(assessed.known),
         node=str(candidate.anchor),
         source=first_source_line([candidate.anchor]),
         module=module_path(candidate.anchor),
@@ -247,6 +261,16 @@ def _read(
     return replace(read, state="rewritten", kernel=kernel), match
 
 
+def _shown(evidence: Evidence | float) -> dict[str, Any]:
+    """As a report holds it."""
+    if isinstance(evidence, Proved):
+        literals = {repr(literal): number for literal, number in evidence.literals.items()}
+        return {"proof": "proved", "error_bits": evidence.bits, "literals": literals}
+    if isinstance(evidence, Sampled):
+        return {"proof": "sampled", "error": evidence.difference}
+    return {"error": evidence}
+
+
 def _spend_fuel() -> None:
     global _rewrites_done
     limit = configuration.fuel()
@@ -255,10 +279,17 @@ def _spend_fuel() -> None:
     _rewrites_done += 1
 
 
+def _not_rewritten(fusion: str, error: Exception, config: Config, anchor: Node) -> LayerReport:
+    """What is told of a layer whose rewrite failed, and was undone."""
+    decline = error if isinstance(error, Decline) else _internal(error, config)
+    decline.reached = decline.reached or "rewrite"
+    return _declined(fusion, decline, anchor)
+
+
 def _internal(error: Exception, config: Config) -> Decline:
     if config.strict or isinstance(error, KernelUnavailable):
         raise error
-    log.warning("fx_fusion: a reader raised, the layer stays unfused", exc_info=error)
+    log.warning("fx_fusion: a reader or a rewrite raised, the layer stays unfused", exc_info=error)
     return Decline("internal.error", f"{type(error).__name__}: {error}")
 
 

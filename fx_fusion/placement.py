@@ -75,6 +75,21 @@ def check_convex(facts: Facts, operands: Sequence[Node], results: Iterable[Node]
             )
 
 
+def check_draws(facts: Facts, operands: Sequence[Node], results: Iterable[Node]) -> None:
+    """What draws random numbers after the call must not have drawn before what the call needs: each draw depends on
+    how many there were before it.
+    """
+    if len(facts.draws) < 2:
+        return
+    after = [node for node in facts.draws if any(facts.between(result, [node]) for result in results)]
+    for early in after:
+        late = next((node for node in facts.draws if facts.order[node] > facts.order[early]
+                     and any(facts.between(node, [operand]) for operand in operands)), None)  # fmt: skip
+        if late is not None:
+            found = f"{early} draws after the call would, {late} before it: they would change places"
+            raise Decline("region.not_convex", found, [early, late])
+
+
 def check_old_cache(facts: Facts, stores: Sequence[Store], operands: Sequence[Node]) -> None:
     """Whoever reads a cache from before the stores must be ordered before the call, or the cache would be copied.
 

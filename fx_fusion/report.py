@@ -26,9 +26,12 @@ class LayerReport:
             ``declined``.
         kernel: what runs, if rewritten.
         read: what was read off, for people.
-        facts: the same for programs.
+        reading: the same for programs.
         eligible: for each fast kernel, what its contract objects to (None: it could serve on its platform).
-        error: largest relative difference to the fused operation in float64.
+        proof: ``proved`` or ``sampled``; None if declined, and for a user's fusion.
+        error_bits: if proved, the chance that the region is another function is below ``2**-error_bits``.
+        literals: literals of the region that stand for other numbers in the proof: the float, and for which.
+        error: otherwise, the largest relative difference to the fused operation in float64.
         assumed: declared meanings of opaque operations that it rests on, and how each was compared with its operation.
         code, reason, node, source: why not, where; `source` is the user's ``file:line``.
         stage: the furthest that the pass came, if declined (``key, norm``).
@@ -39,8 +42,11 @@ class LayerReport:
     state: State
     kernel: str | None = None
     read: str = ""
-    facts: dict[str, Any] = field(default_factory=dict[str, Any])
+    reading: dict[str, Any] = field(default_factory=dict[str, Any])
     eligible: dict[str, str | None] = field(default_factory=dict[str, "str | None"])
+    proof: str | None = None
+    error_bits: int | None = None
+    literals: dict[str, str] = field(default_factory=dict[str, str])
     error: float | None = None
     assumed: list[str] = field(default_factory=list[str])
     code: str | None = None
@@ -50,6 +56,11 @@ class LayerReport:
     module: str | None = None
     stage: str | None = None
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The former name of `reading`."""
+        return self.reading
+
     def __str__(self) -> str:
         if self.state == "declined":
             stage = f" (reached: {self.stage})" if self.stage else ""
@@ -58,7 +69,15 @@ class LayerReport:
         kernel = f" by {self.kernel}" if self.kernel else ""
         why = f"\n      {self.code}: {self.reason}" if self.code else ""
         assumed = "".join(f"\n      assumed: {meaning}" for meaning in self.assumed)
-        return f"{self.state}{kernel}    {self.read}; proved, error {self.error:.1e}{assumed}{why}"
+        return f"{self.state}{kernel}    {self.read}; {self.proof_words}{assumed}{why}"
+
+    @property
+    def proof_words(self) -> str:
+        """What is known of a layer that was read."""
+        if self.proof == "proved":
+            stands = "".join(f", up to {literal} = {number}" for literal, number in self.literals.items())
+            return f"proved (error below 2^-{self.error_bits}){stands}"
+        return f"{'sampled' if self.proof else 'proved'}, error {self.error:.1e}"
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def main(checkpoint: str, kernel: str, inner: str) -> None:
     compiled = torch.compile(model, backend="fx_fusion", dynamic=False, options=options)
     tokens = tokens_of(model, compiled, device)
     report = fx_fusion.last_report()
-    heads = [layer.facts["num_kv_heads"] for layer in report.fused]
+    heads = [layer.reading["num_kv_heads"] for layer in report.fused]
     found = {"fused": len(report.fused), "kv_heads": heads, "tokens": tokens}
     Path(checkpoint, f"rank-{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()

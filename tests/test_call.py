@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 from models import LAYERS, Run
@@ -11,8 +9,7 @@ from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton
 from torch._inductor.fx_passes import post_grad
 
 import fx_fusion
-from fx_fusion.kernels import dispatch
-from fx_fusion.kernels.qk_norm_rope_cache.triton import implementation as triton
+from fx_fusion.kernels.qk_norm_rope_cache.triton.implementation import Triton
 
 pytest.importorskip("triton")
 aten = torch.ops.aten
@@ -25,8 +22,7 @@ class Captured(Exception):
 @pytest.fixture
 def lowered(monkeypatch):
     """A function that compiles a model as if Triton ran here, and returns the graph as lowering would get it."""
-    everywhere = dataclasses.replace(triton.KERNEL, unavailable=lambda target: None)
-    monkeypatch.setitem(dispatch.KERNELS, "triton", everywhere)
+    monkeypatch.setattr(Triton, "unavailable", lambda self, target: None)
     original = post_grad.decompose_triton_kernel_wrapper_functional
     graphs = []
 

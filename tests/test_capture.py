@@ -9,7 +9,7 @@ from launches.checks import check, snapshot
 from launches.places import bring_back, bytes_of, on
 from launches.problem import prepare
 
-from fx_fusion.kernels.qk_norm_rope_cache.triton import implementation as triton
+from fx_fusion.kernels.qk_norm_rope_cache.triton.launch import kernel
 
 pytestmark = pytest.mark.gpu
 
@@ -20,10 +20,10 @@ NAMES = ("plain", "rows-full-width", "shuffle", "e4m3fn-scaled", "slots-skip", "
 def test_replays_follow_every_input(name):
     captured, later = prepare(VARIANTS[name], seed=0), prepare(VARIANTS[name], seed=1)
     there = on(captured, "cuda")
-    kernel = triton.kernel()
+    program = kernel()
 
     def launch():
-        kernel[captured.grid](**there.arguments(kernel), num_warps=captured.launch.tile.num_warps)
+        program[captured.grid](**there.arguments(program), num_warps=captured.launch.tile.num_warps)
 
     launch()
     torch.cuda.synchronize()

@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 
 import fx_fusion
 from fx_fusion import fusion_pass
@@ -14,7 +13,7 @@ from fx_fusion.decline import CODES, markdown
 from fx_fusion.graph_capture import hazards
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def test_the_table_of_declines_is_generated():
@@ -66,8 +65,8 @@ def test_layout_of_the_package():
 
 
 def test_public_names_are_documented():
+    """In words of their own: a dataclass without a docstring gets its signature for one."""
     for name in fx_fusion.__all__:
         value = getattr(fx_fusion, name)
         if callable(value):
-            assert value.__doc__, name
-    assert isinstance(torch.__version__, str)
+            assert value.__doc__ and not value.__doc__.startswith(f"{name}("), name

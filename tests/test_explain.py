@@ -61,7 +61,7 @@ def test_a_transformers_class_at_full_width_without_weights(tmp_path, capsys):
     assert run(*MODEL, "--batch", 2, "--target", "gfx942", "--json", path) == 0
     found = report(path)
     assert len(found.fused) == 1
-    facts = found.layers[0].facts
+    facts = found.layers[0].reading
     assert (facts["num_heads"], facts["num_kv_heads"], facts["head_dim"]) == (32, 8, 128)
     assert facts["dtype"] == "torch.bfloat16"
     assert "none of them allocated" in capsys.readouterr().out
@@ -160,9 +160,9 @@ def test_layers_without_a_name_and_two_of_one_module():
 
 
 def test_facts_and_reasons_that_changed():
-    old, new = layer(module="a", facts={"eps": 1e-6, "dim": 4}), layer(module="a", facts={"eps": 1e-5, "dim": 4})
+    old, new = layer(module="a", reading={"eps": 1e-6, "dim": 4}), layer(module="a", reading={"eps": 1e-5, "dim": 4})
     (change,) = compare(graph(old), graph(new))
-    assert (change.kind, change.before, change.after) == ("facts", "eps 1e-06", "eps 1e-05")
+    assert (change.kind, change.before, change.after) == ("reading", "eps 1e-06", "eps 1e-05")
     assert kinds([layer("declined", "a", code="x")], [layer("declined", "a", code="y")]) == [("a", "reason")]
 
 

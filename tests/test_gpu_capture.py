@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import hazard_examples
@@ -22,12 +23,14 @@ from torch._dynamo.utils import counters
 
 import fx_fusion
 from fx_fusion.kernels import capture_guard as capture
+from fx_fusion.kernels.call import to_arguments
 from fx_fusion.kernels.capture_guard import FirstUseInCapture
 from fx_fusion.kernels.measure.tuned_file import Shape
-from fx_fusion.kernels.measure.typical_problem import typical_problem
 from fx_fusion.kernels.qk_norm_rope_cache import agreement, reference, self_check
-from fx_fusion.kernels.qk_norm_rope_cache.examples import SmallProblem
-from fx_fusion.kernels.qk_norm_rope_cache.specialization import Signature
+from fx_fusion.kernels.qk_norm_rope_cache.call import Call
+from fx_fusion.kernels.qk_norm_rope_cache.operation import OPERATION
+from fx_fusion.kernels.qk_norm_rope_cache.specialization import Specialization
+from fx_fusion.kernels.qk_norm_rope_cache.typical import typical_call
 from fx_fusion.proof.region_function import relative_difference
 
 pytestmark = pytest.mark.gpu
@@ -272,60 +275,57 @@ def test_thousands_of_replays_with_growing_sequences():
 SHAPE = Shape(8, 2, 128, 128, "bfloat16")
 
 
-def scaled_problem(num_tokens=7, seed=0, shape=SHAPE, device=CUDA):
+def scaled_call(num_tokens=7, seed=0, shape=SHAPE, device=CUDA) -> Call[Tensor]:
     """A call with scales on the device."""
     torch.manual_seed(seed)
-    operands, told = typical_problem(shape, num_tokens, device)
-    scales = torch.rand(2, device=device) + 0.5
-    return SmallProblem((*operands[:10], scales[0], scales[1], *operands[12:]), told)
+    call = typical_call(shape, num_tokens, device)
+    k_scale, v_scale = torch.rand(2, device=device) + 0.5
+    return replace(call, k_scale=k_scale, v_scale=v_scale)
 
 
-def call_op(implementation, *operands, **told):
-    layouts = {name: list(told[name]) for name in ("k_layout", "v_layout")}
-    return torch.ops.fx_fusion.qk_norm_rope_cache.default(
-        *operands, **{**told, **layouts}, implementation=implementation
-    )
+def call_op(implementation, call):
+    return OPERATION.overload(*call.tensors.values(), **to_arguments(call.options), implementation=implementation)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("implementation", ["triton", "reference"])
 def test_replays_of_the_operation_follow_every_operand(implementation):
     """Hidden states, weights, angles, positions, slots, scales on the device, and the caches' contents."""
-    static, told = scaled_problem()
-    call_op(implementation, *static, **told)
-    graph, (q_out, k_out) = captured(lambda: call_op(implementation, *static, **told))
+    static = scaled_call()
+    call_op(implementation, static)
+    graph, (q_out, k_out) = captured(lambda: call_op(implementation, static))
 
-    def replay(*operands, **_):
-        for target, source in zip(static, operands, strict=True):
+    def replay(call):
+        for target, source in zip(static.tensors.values(), call.tensors.values(), strict=True):
             if target is not None:
                 target.copy_(source)
         graph.replay()
-        operands[-2].copy_(static[-2])
-        operands[-1].copy_(static[-1])
+        call.k_cache.copy_(static.k_cache)
+        call.v_cache.copy_(static.v_cache)
         return q_out.clone(), k_out.clone()
 
     for seed in range(1, 5):
-        for difference in agreement.compare(replay, scaled_problem(seed=seed)):
+        for difference in agreement.compare(replay, scaled_call(seed=seed)):
             assert difference.error <= difference.allowed, str(difference)
 
 
 @torch.no_grad()
 def test_a_side_stream():
-    operands, told = scaled_problem()
+    first = scaled_call()
     side = torch.cuda.Stream()
-    fx_fusion.warmup(call_op, "triton", *operands, **told)
+    fx_fusion.warmup(call_op, "triton", first)
 
-    def on_the_side(*operands, **told):
+    def on_the_side(call):
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             # What is slow before the call shows whether the call waits on its own stream.
             torch.cuda._sleep(10_000_000)
-            operands[0].mul_(1)
-            out = call_op("triton", *operands, **told)
+            call.q.mul_(1)
+            out = call_op("triton", call)
         torch.cuda.current_stream().wait_stream(side)
         return out
 
-    for difference in agreement.compare(on_the_side, SmallProblem(operands, told)):
+    for difference in agreement.compare(on_the_side, first):
         assert difference.error <= difference.allowed, str(difference)
 
 
@@ -333,9 +333,9 @@ def test_a_side_stream():
 @torch.no_grad()
 @pytest.mark.parametrize("implementation", ["triton", "reference"])
 def test_the_launch_follows_the_tensors_device(implementation):
-    problem = scaled_problem(device=torch.device("cuda", 1))
+    there = scaled_call(device=torch.device("cuda", 1))
     assert torch.cuda.current_device() == 0
-    for difference in agreement.compare(lambda *a, **b: call_op(implementation, *a, **b), problem):
+    for difference in agreement.compare(lambda call: call_op(implementation, call), there):
         assert difference.error <= difference.allowed, str(difference)
     assert torch.cuda.current_device() == 0
 
@@ -343,21 +343,21 @@ def test_the_launch_follows_the_tensors_device(implementation):
 # --- the first use ------------------------------------------------------------------------------------------------
 
 
-def cold_problem(heads):
+def cold_call(heads) -> Call[Tensor]:
     """A call that no other test makes: its kernel is not compiled yet."""
-    return scaled_problem(shape=Shape(heads, 1, 64, 64, "float16"))
+    return scaled_call(shape=Shape(heads, 1, 64, 64, "float16"))
 
 
 @torch.no_grad()
 def test_a_cold_kernel_in_a_capture_is_refused_and_leaves_nothing_behind():
-    operands, told = cold_problem(heads=7)
-    before = [None if tensor is None else tensor.clone() for tensor in operands]
+    cold = cold_call(heads=7)
+    before = cold.map(Tensor.clone)
     with pytest.raises(FirstUseInCapture, match=r"the kernel triton is used for the first time while .*warmup"):
-        captured(lambda: call_op("triton", *operands, **told))
+        captured(lambda: call_op("triton", cold))
     torch.cuda.synchronize()
-    assert all(a is b or torch.equal(a, b) for a, b in zip(operands, before, strict=True))
-    fx_fusion.warmup(call_op, "triton", *operands, **told)
-    graph, (q_out, _) = captured(lambda: call_op("triton", *operands, **told))
+    assert all(a is b or torch.equal(a, b) for a, b in zip(cold.tensors.values(), before.tensors.values(), strict=True))
+    fx_fusion.warmup(call_op, "triton", cold)
+    graph, (q_out, _) = captured(lambda: call_op("triton", cold))
     graph.replay()
     torch.cuda.synchronize()
     assert torch.isfinite(q_out).all() and q_out.any()
@@ -439,21 +439,20 @@ def attempt(fn):
 
 def unchecked_cold_kernel():
     """Triton compiles and loads in the middle of the capture: whether a driver lets it is luck."""
-    operands, told = cold_problem(heads=9)
-    done = attempt(lambda: call_op("triton", *operands, **told))
+    cold = cold_call(heads=9)
+    done = attempt(lambda: call_op("triton", cold))
     if isinstance(done, str):
         return done
     done[0].replay()
     torch.cuda.synchronize()
-    expected, _ = call_op("reference", *operands, **told)
+    expected, _ = call_op("reference", cold)
     return "works here" if torch.allclose(done[1][0].float(), expected.float(), atol=1e-2) else "wrong"
 
 
 def unchecked_self_check():
     """What aiter's first use would do: compare with the reference."""
-    operands, told = scaled_problem()
-    signature = Signature.of(*operands, **told)
-    done = attempt(lambda: self_check.verdict("aiter", reference.qk_norm_rope_cache, signature).reason)
+    specialization = Specialization.of(scaled_call())
+    done = attempt(lambda: self_check.verdict("aiter", reference.qk_norm_rope_cache, specialization).reason)
     # The check swallows what the kernel raises, and would keep the verdict: the kernel is never used again.
     return done if isinstance(done, str) else f"breaks: {done[1]}"
 
@@ -473,23 +472,22 @@ def unchecked_scale_that_the_host_reads():
 
 def unchecked_number_that_changes_later():
     """A scale given as a number is part of the captured launch."""
-    operands, told = scaled_problem()
-    operands = (*operands[:10], None, None, *operands[12:])
+    plain = replace(scaled_call(), k_scale=None, v_scale=None)
     scale = [2.0, 2.0]
 
     def call():
-        now = {**told, "k_scale_value": scale[0], "v_scale_value": scale[1]}
-        return call_op("triton", *operands, **now)
+        now = replace(plain.options, k_scale_value=scale[0], v_scale_value=scale[1])
+        return call_op("triton", replace(plain, options=now))
 
     call()
     graph, _ = captured(call)
     graph.replay()
-    before = operands[-1].clone()
+    before = plain.v_cache.clone()
     scale[:] = [4.0, 4.0]
     graph.replay()
-    replayed = operands[-1].clone()
+    replayed = plain.v_cache.clone()
     call()
-    return "stale" if torch.equal(replayed, before) and not torch.equal(operands[-1], before) else "follows"
+    return "stale" if torch.equal(replayed, before) and not torch.equal(plain.v_cache, before) else "follows"
 
 
 UNCHECKED = {

@@ -31,7 +31,7 @@ LAYERS = (
     ("trace",),
     ("backend",),
     ("mutation", "reporting"),
-    ("registration", "testing", "cli"),
+    ("kernel_registration", "registration", "testing", "cli"),
     ("__init__",),
     ("__main__",),
 )

@@ -193,7 +193,7 @@ def test_fuses(model, declared, graphs):
     report = assert_fuses(model(), arguments(), count=1)
     assert not kept(graphs[-1])
     assert report.fused[0].assumed
-    assert report.fused[0].facts["projection"] == "packed"
+    assert report.fused[0].reading["projection"] == "packed"
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_fuses_as_functionalised_by_vllm(model, declared, graphs):
     """The first way of making operations functional: vLLM turns the second one off."""
     with torch._inductor.config.patch(enable_auto_functionalized_v2=False):
         report = assert_fuses(model(), arguments(), count=1)
-    assert report.fused[0].facts["projection"] == "packed"
+    assert report.fused[0].reading["projection"] == "packed"
     assert not kept(graphs[-1])
 
 
@@ -597,7 +597,7 @@ def paged_arguments() -> tuple[Tensor, ...]:
 
 def test_a_store_that_skips_padding(libraries, graphs):
     report = assert_fuses(VllmStore(), paged_arguments(), count=1)
-    assert report.fused[0].facts["masked"]
+    assert report.fused[0].reading["masked"]
     assert "_C_cache_ops" not in str(graphs[-1])
 
 
@@ -606,7 +606,7 @@ def test_a_cache_whose_blocks_are_not_side_by_side(libraries):
     x, positions, slots, *caches = paged_arguments()
     caches = [cache.transpose(1, 2).contiguous().transpose(1, 2) for cache in caches]
     report = assert_fuses(VllmStore(), (x, positions, slots, *caches), count=1)
-    assert report.fused[0].facts["addressed_by"] == "block and offset"
+    assert report.fused[0].reading["addressed_by"] == "block and offset"
 
 
 def test_a_quantised_store_is_declined_by_name(libraries):

@@ -124,7 +124,7 @@ def one_tensor(name: str, v2: bool, graphs):
 @pytest.mark.parametrize("name", VIEWS)
 def test_keys_and_values_in_one_tensor(name, graphs):
     report = one_tensor(name, True, graphs)
-    assert report.fused[0].facts["masked"]
+    assert report.fused[0].reading["masked"]
     assert "reshape_and_cache_flash" in report.fused[0].assumed[0] and "compared on cpu" in report.fused[0].assumed[0]
 
 
@@ -201,7 +201,7 @@ GROUPED_SHAPE = (2, BLOCKS * NUM_KV_HEADS * HEAD_DIM * BLOCK_SIZE)
 
 def test_lanes_in_groups(functionalised, graphs):
     report = fuses_bit_for_bit(InGroups(taken_apart), given(GROUPED_SHAPE), 1, graphs)
-    assert report.fused[0].facts["masked"]
+    assert report.fused[0].reading["masked"]
     assert "_C_cache_ops::reshape_and_cache = " in report.fused[0].assumed[0]
     assert "reshape_and_cache.default" not in str(graphs[-1])
 

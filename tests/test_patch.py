@@ -50,7 +50,7 @@ def read(fn, args, kwargs=None):
     facts = Facts(captured.module.graph)
     fusion = QkNormRopeCache()
     candidates, _ = fusion.find(facts)
-    match = fusion.read(facts, candidates[0], {})
+    match = fusion.read(facts, candidates[0], {}).match
 
     def values_of(nodes):
         graph = torch.fx.Graph()

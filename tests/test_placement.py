@@ -78,12 +78,12 @@ class Scaled(Prologue):
 def test_a_scale_that_is_known_is_a_number(kind):
     """It is frozen in a captured graph, and the report says so by naming the number."""
     layer = testing.run(Scaled(kind), arguments()).report.layers[0]
-    assert (layer.state, layer.facts["k_scale"]) == ("rewritten", 0.5)
+    assert (layer.state, layer.reading["k_scale"]) == ("rewritten", 0.5)
 
 
 def test_a_scale_on_the_gpu_is_read_there_at_every_call():
     layer = report(Scaled("buffer")).layers[0]
-    assert layer.state == "rewritten" and isinstance(layer.facts["k_scale"], str)
+    assert layer.state == "rewritten" and isinstance(layer.reading["k_scale"], str)
 
 
 def test_a_scale_on_the_cpu_is_declined():

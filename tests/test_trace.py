@@ -44,7 +44,7 @@ def test_a_model_without_weights_at_full_width():
     cache = StaticCache(config=config, max_cache_len=32768)
     report = fx_fusion.explain(model, input_ids=tokens, position_ids=positions, past_key_values=cache, target="gfx942")
     assert len(report.recognised) == 2 == len(report.layers), str(report)
-    assert report.layers[0].facts["num_heads"] == 64
+    assert report.layers[0].reading["num_heads"] == 64
     assert report.layers[0].source.endswith(tuple("0123456789"))
 
 

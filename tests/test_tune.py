@@ -12,80 +12,116 @@ import torch
 from fx_fusion.__main__ import main
 from fx_fusion.cli import terminal, tune
 from fx_fusion.kernels.measure import tuned, tuning
-from fx_fusion.kernels.measure.bench import Refused
+from fx_fusion.kernels.measure.bench import Bench, Refused
 from fx_fusion.kernels.measure.tuned_file import Machine, Shape, Timing, from_json
-from fx_fusion.kernels.qk_norm_rope_cache.triton.tile import Tile, candidates, choose_tile
+from fx_fusion.kernels.measure.tuning import Best
+from fx_fusion.kernels.qk_norm_rope_cache.aiter.implementation import Aiter
+from fx_fusion.kernels.qk_norm_rope_cache.triton import implementation as triton
+from fx_fusion.kernels.qk_norm_rope_cache.triton import launch as triton_launch
+from fx_fusion.kernels.qk_norm_rope_cache.triton.tile import Tile, candidates, choose_tile, tile_to_json
+from fx_fusion.kernels.target import Target
 
 HERE = Machine("AMD Instinct MI300X", "gfx942", "3.6.0", "0.1.5")
 SHAPE = Shape(32, 8, 128, 128, "bfloat16")
 CPU = torch.device("cpu")
+RULE, OTHER = Tile(4, 4), Tile(2, 1)
 
 
 class Times:
     """Tiles take `slow` microseconds but for those in `fast`; None is a refusal."""
 
+    kernels = (triton.Triton(), Aiter())
+
     def __init__(self, fast=(), slow=10.0, aiter=None):
         self.fast, self.slow, self.aiter_us = dict(fast), slow, aiter
-        self.asked = []
 
-    def triton(self, tile):
-        self.asked.append(tile)
-        time = self.fast.get(tile, self.slow)
+    def settings(self, kernel):
+        return [RULE, OTHER] if kernel.name == "triton" else [None]
+
+    def time(self, kernel, setting):
+        if kernel.name == "aiter":
+            assert setting is None
+            return self._us(self.aiter_us, "aiter is not installed")
+        return self._us(self.fast.get(setting, self.slow), "it spills")
+
+    def _us(self, time, refusal):
         if time is None:
-            raise Refused("it spills")
+            raise Refused(refusal)
         return time
 
-    def aiter(self):
-        if self.aiter_us is None:
-            raise Refused("aiter is not installed")
-        return self.aiter_us
+
+# --- which setting --------------------------------------------------------------------------------------------------
 
 
-# --- which tile -----------------------------------------------------------------------------------------------------
+def measured(times):
+    return tuning.measure(SHAPE, 8, tuning.all_settings(times), times)
 
-RULE, OTHER = Tile(4, 4), Tile(2, 1)
 
-
-def measured(times, tiles=(RULE, OTHER)):
-    return tuning.measure(SHAPE, 8, tiles, times)
+def of_triton(tile):
+    return {"triton": tile_to_json(tile)}
 
 
 def test_the_fastest_tile_is_kept():
     found = measured(Times({OTHER: 4.0}, aiter=3.0))
-    assert found.best == Timing(8, OTHER, 4.0, 3.0)
-    assert (found.rule, found.rule_us, found.gain) == (RULE, 10.0, 2.5)
+    assert found.timing == Timing(8, {"triton": 4.0, "aiter": 3.0}, of_triton(OTHER))
+    assert found.best == {"triton": Best(RULE, 10.0, OTHER, 4.0), "aiter": Best(None, 3.0, None, 3.0)}
+    assert found.best["triton"].gain == 2.5
+    assert found.fastest == "aiter"
     assert found.refusals == ()
 
 
 def test_noise_does_not_replace_the_rule():
-    assert measured(Times({OTHER: 9.9})).best == Timing(8, RULE, 10.0, None)
+    found = measured(Times({OTHER: 9.9}))
+    assert found.timing == Timing(8, {"triton": 10.0}, of_triton(RULE))
+    assert found.fastest == "triton"
 
 
 def test_a_tile_that_is_refused_is_left_out_and_named():
     found = measured(Times({RULE: None}, aiter=11.0))
-    assert found.best == Timing(8, OTHER, 10.0, 11.0)
-    assert (found.rule_us, found.gain) == (None, None)
-    assert found.refusals == ("tile 4 x 1, 4 warps: it spills",)
+    assert found.timing == Timing(8, {"triton": 10.0, "aiter": 11.0}, of_triton(OTHER))
+    assert (found.best["triton"].rule_us, found.best["triton"].gain) == (None, None)
+    assert found.refusals == ("triton 4 x 1, 4 warps: it spills",)
 
 
-def test_all_tiles_refused():
-    with pytest.raises(Refused, match="tile 4 x 1, 4 warps: it spills\ntile 2 x 1, 1 warp: it spills"):
+def test_a_kernel_all_of_whose_tiles_are_refused_is_left_out():
+    found = measured(Times(slow=None, aiter=11.0))
+    assert found.timing == Timing(8, {"aiter": 11.0}, {})
+    assert found.refusals == ("triton 4 x 1, 4 warps: it spills", "triton 2 x 1, 1 warp: it spills")
+
+
+def test_everything_refused():
+    refusals = "triton 4 x 1, 4 warps: it spills\ntriton 2 x 1, 1 warp: it spills\naiter: aiter is not installed"
+    with pytest.raises(Refused, match=refusals):
         measured(Times(slow=None))
 
 
-def test_the_rules_tile_is_measured_first():
-    for wave_size in (32, 64):
-        for count, tiles in tuning.tiles_to_measure(SHAPE, [1, 512, 8192], wave_size, quick=False).items():
-            assert tiles[0] == choose_tile(count, 32, 8, 128, wave_size)
-            assert set(tiles) >= set(candidates(8, 128, wave_size))
-            assert len(set(tiles)) == len(tiles)
+def every_setting(counts):
+    return {count: tuning.all_settings(Bench(SHAPE, count, CPU)) for count in counts}
+
+
+@pytest.mark.parametrize("wave_size", [32, 64])
+def test_the_rules_tile_is_measured_first(wave_size, monkeypatch):
+    for module in (triton, triton_launch):
+        monkeypatch.setattr(module, "wave_size_of", lambda device: wave_size)
+    every = every_setting([1, 512])
+    assert tuning.settings_to_measure(every, quick=False) == every
+    for count, settings in every.items():
+        tiles = settings["triton"]
+        assert tiles[0] == choose_tile(count, 32, 8, 128, wave_size)
+        assert set(tiles) >= set(candidates(8, 128, wave_size))
+        assert len(set(tiles)) == len(tiles)
+        assert settings["aiter"] == [None]
 
 
 def test_quick_measures_the_rules_tiles_only():
-    counts = [1, 64, 512, 8192]
-    tiles = tuning.tiles_to_measure(SHAPE, counts, 32, quick=True)
-    rule = {choose_tile(count, 32, 8, 128) for count in counts}
-    assert all(set(each) == rule for each in tiles.values())
+    counts = [1, 64, 512]
+    quick = tuning.settings_to_measure(every_setting(counts), quick=True)
+    rule = {count: choose_tile(count, 32, 8, 128) for count in counts}
+    for count, settings in quick.items():
+        assert settings["triton"][0] == rule[count]
+        assert set(settings["triton"]) == set(rule.values())
+        assert len(settings["triton"]) == len(set(rule.values())) > 1
+        assert settings["aiter"] == [None]
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
@@ -94,7 +130,6 @@ def test_quick_measures_the_rules_tiles_only():
 @pytest.fixture
 def gpu(monkeypatch):
     monkeypatch.setattr(tuned, "machine", lambda device: HERE)
-    monkeypatch.setattr(tune, "wave_size_of", lambda device: 64)
 
 
 def run(*arguments, times=None):
@@ -116,7 +151,7 @@ def test_writes_a_file_that_the_pass_reads(gpu, tmp_path, capsys, monkeypatch):
     assert {shape: [each.num_tokens for each in found] for shape, found in content.shapes.items()} == {
         SHAPE: [1, 64], gated: [1, 64],
     }  # fmt: skip
-    assert content.at(SHAPE, 100).aiter_us == 3.0
+    assert content.at(SHAPE, 100) == Timing(64, {"triton": 4.0, "aiter": 3.0}, of_triton(OTHER))
     printed = capsys.readouterr()
     assert f"export FX_FUSION_TUNED={path}" in printed.out
     assert "token counts" in printed.out
@@ -136,9 +171,9 @@ def test_says_what_was_not_timed_once(gpu, capsys):
     assert capsys.readouterr().out.count("not timed: aiter: aiter is not installed") == 1
 
 
-def test_fails_where_no_tile_can_be_timed(gpu, capsys):
+def test_fails_where_no_kernel_can_be_timed(gpu, capsys):
     assert run("--tokens", "1", times=Times(slow=None)) == 1
-    assert "no tile could be timed" in capsys.readouterr().err
+    assert "no kernel could be timed" in capsys.readouterr().err
     assert not tuned.location().exists()
 
 
@@ -154,10 +189,30 @@ def test_needs_a_device(monkeypatch, capsys):
     assert "no CUDA or ROCm device" in capsys.readouterr().err
 
 
-def test_needs_triton(monkeypatch, capsys):
+class WithoutTriton(Times):
+    """Only what does not run is said of Triton, as on a machine that lacks it."""
+
+    def time(self, kernel, setting):
+        reason = kernel.unavailable(Target("hip")) if kernel.name == "triton" else None
+        return super().time(kernel, setting) if reason is None else self._us(None, reason)
+
+
+@pytest.fixture
+def no_triton(monkeypatch):
     monkeypatch.setattr(tuned, "machine", lambda device: HERE._replace(triton=None))
-    assert run() == 2
-    assert "triton is not installed" in capsys.readouterr().err
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+
+
+def test_needs_triton_or_another_kernel(no_triton, capsys):
+    assert run("--tokens", "1", times=WithoutTriton()) == 1
+    assert "the package triton is not installed" in capsys.readouterr().err
+    assert not tuned.location().exists()
+
+
+def test_without_triton_the_others_are_measured(no_triton, capsys):
+    assert run("--tokens", "1", times=WithoutTriton(aiter=3.0)) == 0
+    assert from_json(tuned.location().read_text()).at(SHAPE, 1) == Timing(1, {"aiter": 3.0}, {})
+    assert "the package triton is not installed" in capsys.readouterr().out
 
 
 def test_needs_a_place(gpu, monkeypatch, capsys):

@@ -28,8 +28,8 @@ from torch import Tensor
 
 from fx_fusion.kernels.measure.stopwatch import microseconds
 from fx_fusion.kernels.qk_norm_rope_cache.cache_layout import CacheLayout
-from fx_fusion.kernels.qk_norm_rope_cache.triton import implementation as kernel
-from fx_fusion.kernels.qk_norm_rope_cache.triton import launch as triton_launch
+from fx_fusion.kernels.qk_norm_rope_cache.call import Call, Options
+from fx_fusion.kernels.qk_norm_rope_cache.triton.launch import as_bytes, kernel, plan
 
 TABLE_ROWS = 4096
 
@@ -91,7 +91,7 @@ class Calls:
         self.angles = torch.rand(2, count, 1, tokens, shape.rotary_dim, **make)
         self.weight = torch.rand(shape.head_dim, **make)
         pairs = shape.rotary_dim // 2
-        self.axes = [pair % 3 if pair < 15 * pairs // 16 else 0 for pair in range(pairs)]
+        self.axes = tuple(pair % 3 if pair < 15 * pairs // 16 else 0 for pair in range(pairs))
 
     def places(self) -> Tensor:
         if self.shape.cache != "shuffle":
@@ -111,7 +111,7 @@ class Calls:
         }[shape.cache]
         return torch.zeros(sizes, dtype=shape.cache_dtype, device="cuda")
 
-    def operands(self, index: int) -> tuple[list[Tensor | None], dict[str, object]]:
+    def call(self, index: int) -> Call[Tensor]:
         shape = self.shape
         q, k, v = self.projections[index].split(shape.widths, -1)
         q = q.unflatten(-1, (shape.num_heads, -1))[..., : shape.head_dim]
@@ -128,32 +128,31 @@ class Calls:
             k_cache, v_cache = k_cache[None], v_cache[None]
         if shape.cache == "HND":
             k_cache, v_cache = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
-        options = {
-            "k_layout": CacheLayout.of(k_cache, "k_cache"), "v_layout": CacheLayout.of(v_cache, "v_cache"),
-            "k_scale_value": None, "v_scale_value": None, "q_eps": 1e-6, "k_eps": 1e-6,
-            "gemma_norm": shape.gemma_norm, "rotary_dim": shape.rotary_dim, "is_neox": True, "axes": self.axes,
-            "saturate": False, "skip_negative_slots": False,
-        }  # fmt: skip
+        options = Options(
+            k_layout=CacheLayout.of(k_cache, "k_cache"), v_layout=CacheLayout.of(v_cache, "v_cache"),
+            k_scale_value=None, v_scale_value=None, q_eps=1e-6, k_eps=1e-6, gemma_norm=shape.gemma_norm,
+            rotary_dim=shape.rotary_dim, is_neox=True, axes=self.axes, saturate=False, skip_negative_slots=False,
+            return_k=shape.return_k,
+        )  # fmt: skip
         weight = self.weight
-        return [q, k, v, weight, weight, cos, sin, positions, slots, blocks, None, None, k_cache, v_cache], options
+        return Call(q, k, v, weight, weight, cos, sin, positions, slots, blocks, None, None, k_cache, v_cache, options)
 
     def fused(self) -> Callable[[int], None]:
         """Plain Triton launches, all planned in advance: a captured graph holds nothing else."""
-        launches = []
+        program, launches = kernel(), []
         for index in range(len(self.projections)):
-            operands, options = self.operands(index)
-            q, k = operands[0], operands[1]
-            q_out, k_out = torch.empty_like(q), torch.empty_like(k) if self.shape.return_k else None
-            plan = triton_launch.plan(*operands, **options)
-            caches = [kernel.as_bytes(cache) for cache in operands[-2:]]
-            arguments = [*operands[:-2], *caches, q_out, k_out, *plan.arguments.values(), *plan.constants.values()]
-            launches.append((plan, arguments))
+            call = self.call(index)
+            results = torch.empty_like(call.q), torch.empty_like(call.k) if call.options.return_k else None
+            planned = plan(call)
+            *inputs, k_cache, v_cache = call.tensors.values()
+            tensors = [*inputs, as_bytes(k_cache), as_bytes(v_cache), *results]
+            launches.append((planned, [*tensors, *planned.arguments.values(), *planned.constants.values()]))
 
-        def call(index: int) -> None:
-            plan, arguments = launches[index]
-            kernel.kernel()[plan.grid](*arguments, num_warps=plan.tile.num_warps)
+        def run(index: int) -> None:
+            planned, arguments = launches[index]
+            program[planned.grid](*arguments, num_warps=planned.tile.num_warps)
 
-        return call
+        return run
 
     def through(self, prologue: Callable[..., Tensor]) -> Callable[[int], None]:
         """Calls of what `unfused` made, compiled in one way or another."""

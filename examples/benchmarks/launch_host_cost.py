@@ -27,12 +27,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from qwen3_vl_serving import Attention, DecoderConfig, MRotaryEmbedding
 
+from fx_fusion.kernels.call import to_arguments
 from fx_fusion.kernels.measure.tuned_file import Shape
-from fx_fusion.kernels.measure.typical_problem import typical_problem
-from fx_fusion.kernels.qk_norm_rope_cache import operation as op
-from fx_fusion.kernels.qk_norm_rope_cache.triton import implementation as triton
-from fx_fusion.kernels.qk_norm_rope_cache.triton import launch as triton_launch
+from fx_fusion.kernels.qk_norm_rope_cache.operation import OPERATION
+from fx_fusion.kernels.qk_norm_rope_cache.triton.launch import kernel, plan
+from fx_fusion.kernels.qk_norm_rope_cache.typical import typical_call
 
+SHAPE = Shape(32, 8, 128, 128, "bfloat16")
 REPEATS, CALLS = 31, 200
 
 
@@ -65,17 +66,17 @@ def microseconds(call: Callable[[], object]) -> list[float]:
 
 
 def launch(device: torch.device) -> Callable[[], object]:
-    operands, options = typical_problem(Shape(32, 8, 128, 128, "bfloat16"), 1, device)
-    del options["return_k"]
-    plan = triton_launch.plan(*operands, **options)
-    q_out, kernel = torch.empty_like(operands[0]), triton.kernel()
-    arguments = [*operands, q_out, None, *plan.arguments.values(), *plan.constants.values()]
-    return lambda: kernel[plan.grid](*arguments, num_warps=plan.tile.num_warps)
+    call = typical_call(SHAPE, 1, device)
+    planned, program = plan(call), kernel()
+    results = torch.empty_like(call.q), None
+    arguments = [*call.tensors.values(), *results, *planned.arguments.values(), *planned.constants.values()]
+    return lambda: program[planned.grid](*arguments, num_warps=planned.tile.num_warps)
 
 
 def operation(device: torch.device) -> Callable[[], object]:
-    operands, options = typical_problem(Shape(32, 8, 128, 128, "bfloat16"), 1, device)
-    return lambda: op.OVERLOAD(*operands, **options, implementation="triton")
+    call = typical_call(SHAPE, 1, device)
+    tensors, told = tuple(call.tensors.values()), {**to_arguments(call.options), "implementation": "triton"}
+    return lambda: OPERATION.overload(*tensors, **told)
 
 
 def compiled(device: torch.device, **how: object) -> Callable[[], object]:

@@ -16,22 +16,19 @@ from collections.abc import Callable
 
 import torch
 
-from fx_fusion.kernels.qk_norm_rope_cache import operation as op
+from fx_fusion.kernels.call import to_arguments
 from fx_fusion.kernels.qk_norm_rope_cache import reference
 from fx_fusion.kernels.qk_norm_rope_cache.cache_layout import CacheLayout
+from fx_fusion.kernels.qk_norm_rope_cache.call import Call, Options
+from fx_fusion.kernels.qk_norm_rope_cache.operation import OPERATION
 
 REPEATS, CALLS = 31, 200
 
-OPTIONS = {
-    "q_eps": 1e-6, "k_eps": 1e-6, "gemma_norm": False, "rotary_dim": 16, "is_neox": True, "axes": [0] * 8,
-    "k_scale_value": None, "v_scale_value": None, "saturate": False, "skip_negative_slots": False, "return_k": False,
-}  # fmt: skip
-
-
-SCHEMA = op.SCHEMA.removeprefix("qk_norm_rope_cache")
-
 custom = torch.library.custom_op(
-    "fx_fusion_benchmark::custom", op.run, mutates_args=("k_cache", "v_cache"), schema=SCHEMA
+    "fx_fusion_benchmark::custom",
+    OPERATION.run,
+    mutates_args=OPERATION.written,
+    schema=OPERATION.schema.removeprefix(OPERATION.name),
 )
 
 
@@ -53,13 +50,18 @@ def main() -> None:
     cos, sin = torch.randn(2, 1, 1, 8)
     slots = torch.tensor([[3]])
     k_cache, v_cache = torch.zeros(2, 1, 8, 1, 16)
-    layouts = {"k_layout": CacheLayout.of(k_cache), "v_layout": CacheLayout.of(v_cache)}
-    plain = (q, k, v, None, None, cos, sin, None, slots, None, None, None, k_cache, v_cache)
+    options = Options(
+        k_layout=CacheLayout.of(k_cache), v_layout=CacheLayout.of(v_cache), k_scale_value=None, v_scale_value=None,
+        q_eps=1e-6, k_eps=1e-6, gemma_norm=False, rotary_dim=16, is_neox=True, axes=(0,) * 8, saturate=False,
+        skip_negative_slots=False, return_k=False,
+    )  # fmt: skip
+    call = Call(q, k, v, None, None, cos, sin, None, slots, None, None, None, k_cache, v_cache, options)
+    tensors, told = tuple(call.tensors.values()), {**to_arguments(options), "implementation": "reference"}
     with torch.no_grad():
         results = {
-            "direct": microseconds(lambda: reference.qk_norm_rope_cache(*plain, **layouts, **OPTIONS)),
-            "library": microseconds(lambda: op.OVERLOAD(*plain, **layouts, **OPTIONS, implementation="reference")),
-            "custom_op": microseconds(lambda: custom(*plain, **layouts, **OPTIONS, implementation="reference")),
+            "direct": microseconds(lambda: reference.qk_norm_rope_cache(call)),
+            "library": microseconds(lambda: OPERATION.overload(*tensors, **told)),
+            "custom_op": microseconds(lambda: custom(*tensors, **told)),
         }
     versions = {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
     print(json.dumps({"microseconds_median_and_quartile_spread": results, **versions}))

@@ -12,7 +12,7 @@ import torch
 
 from fx_fusion.cli.doctor_checks import Check, KernelCheck, check_all, check_kernels
 from fx_fusion.cli.terminal import print_lines, print_table
-from fx_fusion.kernels.dispatch import FAST, NAMES
+from fx_fusion.kernels.operation import kernel_names
 
 EXIT_CODES = (
     """exit code: 0 if the kernel asked for runs on this machine, 1 if it does not, or if a check found a problem"""
@@ -25,7 +25,9 @@ def add_to(commands: Any) -> None:
     parser = commands.add_parser(
         "doctor", help="what this machine can run, and why not", description=__doc__, epilog=EXIT_CODES
     )
-    parser.add_argument("--kernel", choices=NAMES, default="auto", help="the kernel that must run (auto: any fast one)")
+    parser.add_argument(
+        "--kernel", choices=kernel_names(), default="auto", help="the kernel that must run (auto: any fast one)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object, for programs")
     parser.set_defaults(run=run)
 
@@ -45,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _serves(name: str, kernels: Sequence[KernelCheck]) -> bool:
-    wanted = {kernel.name for kernel in FAST} if name == "auto" else {name}
+    wanted = {kernel.name for kernel in kernels if kernel.fast} if name == "auto" else {name}
     return any(kernel.runs for kernel in kernels if kernel.name in wanted)
 
 

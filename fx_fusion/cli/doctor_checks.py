@@ -10,21 +10,21 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from fx_fusion import config
 from fx_fusion.cache_folder import cache_folder
 from fx_fusion.config import OptionError
-from fx_fusion.kernels.dispatch import KERNELS
 from fx_fusion.kernels.measure import tuned
 from fx_fusion.kernels.measure.tuned_file import Shape
-from fx_fusion.kernels.measure.typical_problem import typical_problem
-from fx_fusion.kernels.qk_norm_rope_cache import reference
-from fx_fusion.kernels.qk_norm_rope_cache.agreement import Launch, compare
+from fx_fusion.kernels.operation import Implementation
+from fx_fusion.kernels.qk_norm_rope_cache.agreement import compare
 from fx_fusion.kernels.qk_norm_rope_cache.aiter import implementation as aiter
-from fx_fusion.kernels.qk_norm_rope_cache.triton import implementation as triton
+from fx_fusion.kernels.qk_norm_rope_cache.call import Call
+from fx_fusion.kernels.qk_norm_rope_cache.operation import OPERATION
+from fx_fusion.kernels.qk_norm_rope_cache.typical import typical_call
 from fx_fusion.kernels.target import Target
 from fx_fusion.kernels.versions import aiter_version, triton_version
 
@@ -34,12 +34,6 @@ State = Literal["ok", "note", "problem"]
 TYPICAL = Shape(32, 8, 128, 128, "bfloat16")
 #: What the drivers of a GPU leave to be opened.
 AMD, NVIDIA = Path("/dev/kfd"), Path("/dev/nvidiactl")
-#: aiter's entry would call another kernel where it fails its own check: here it is asked itself.
-_LAUNCHES: dict[str, Launch] = {
-    "reference": reference.qk_norm_rope_cache,
-    "triton": triton.qk_norm_rope_cache,
-    "aiter": aiter._launch,
-}
 INSTALL = "install torch's {} build: https://pytorch.org/get-started/locally"
 
 
@@ -68,6 +62,8 @@ class KernelCheck:
     remedy: str | None = None
     tried: bool = False
     """It was run here, beside the reference, rather than only looked for."""
+    fast: bool = True
+    """``auto`` may choose it."""
 
 
 # --- the machine --------------------------------------------------------------------------------------------------
@@ -245,35 +241,27 @@ def _environment() -> Iterator[Check]:
 
 
 def check_kernels(device: torch.device) -> list[KernelCheck]:
-    """Every kernel, run on `device` beside the reference where it can be."""
-    return [_check_kernel(name, device) for name in KERNELS]
+    """Every kernel of the built-in operation, run on `device` beside the reference where it can be."""
+    return [_check_kernel(kernel, device) for kernel in OPERATION]
 
 
-def _check_kernel(name: str, device: torch.device) -> KernelCheck:
-    reason = KERNELS[name].unavailable(Target.of(device))
+def _check_kernel(kernel: Implementation[Any], device: torch.device) -> KernelCheck:
+    target, call = Target.of(device), typical_call(TYPICAL, 8, device)
+    reason = kernel.unavailable(target)
     if reason is not None:
-        return KernelCheck(name, runs=False, reason=reason, remedy=_remedy(name, device))
-    reason = _disagreement(_LAUNCHES[name], device)
+        return KernelCheck(kernel.name, runs=False, reason=reason, remedy=kernel.remedy(target), fast=kernel.fast)
+    reason = kernel.objects(call, target) or _disagreement(kernel, call)
     if reason is None:
-        return KernelCheck(name, runs=True, tried=True)
+        return KernelCheck(kernel.name, runs=True, tried=True, fast=kernel.fast)
     remedy = "report it with the output of `doctor --json`; until then, another kernel serves"
-    return KernelCheck(name, runs=False, reason=reason, remedy=remedy, tried=True)
+    return KernelCheck(kernel.name, runs=False, reason=reason, remedy=remedy, tried=True, fast=kernel.fast)
 
 
-def _remedy(name: str, device: torch.device) -> str | None:
-    """Nothing mends a kernel of another platform."""
-    if name == "triton" and device.type == "cuda":
-        return "install the Triton that belongs to this torch"
-    if name == "aiter" and (torch.version.hip or importlib.util.find_spec("aiter") is not None):
-        return "pip uninstall aiter, if it is there, and build https://github.com/ROCm/aiter"
-    return None
-
-
-def _disagreement(launch: Launch, device: torch.device) -> str | None:
-    """What is wrong with a call of the typical shape on `device`; None if it agrees with the reference."""
+def _disagreement(kernel: Implementation[Any], call: Call[torch.Tensor]) -> str | None:
+    """What is wrong with the kernel's results; None if they agree with the reference."""
     try:
         with torch.no_grad():
-            differences = compare(launch, typical_problem(TYPICAL, 8, device))
+            differences = compare(kernel.trial, call)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     wrong = [str(difference) for difference in differences if not difference.error <= difference.allowed]

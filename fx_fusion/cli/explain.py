@@ -14,7 +14,7 @@ import torch
 from fx_fusion.cli.subject import Subject, SubjectError, add_arguments, build, explain_quietly
 from fx_fusion.cli.terminal import print_lines, print_table
 from fx_fusion.config import Config, OptionError
-from fx_fusion.kernels.dispatch import NAMES
+from fx_fusion.kernels.operation import kernel_names
 from fx_fusion.report import FusionReport, runs
 from fx_fusion.reporting.anatomy import Recorder
 from fx_fusion.reporting.diff import Change, compare
@@ -40,7 +40,7 @@ def add_to(commands: Any) -> None:
     add_arguments(parser)
     group = parser.add_argument_group("what to ask, and how to answer")
     group.add_argument("--target", help="check kernels for this place: cpu, cuda, hip, gfx942, sm_90 (default: here)")
-    group.add_argument("--kernel", choices=NAMES, default="auto", help="as the option fx_fusion.kernel")
+    group.add_argument("--kernel", choices=kernel_names(), default="auto", help="as the option fx_fusion.kernel")
     group.add_argument("--require", type=int, default=0, metavar="N", help="exit code 1 if fewer layers are recognised")
     group.add_argument("--json", type=Path, metavar="FILE", help="write the report for programs")
     group.add_argument("--html", type=Path, metavar="FILE", help="write one self-contained page, with the graphs")

@@ -18,8 +18,9 @@ from fx_fusion.cli.subject import Subject, SubjectError, add_arguments, build, e
 from fx_fusion.config import Config, OptionError
 from fx_fusion.fusion import AnyFusion
 from fx_fusion.graph.analysis import Facts
-from fx_fusion.kernels.dispatch import KERNELS
+from fx_fusion.kernels.qk_norm_rope_cache.operation import OPERATION
 from fx_fusion.observer import Observer
+from fx_fusion.patterns.qk_norm_rope_cache.fusion import Lowered
 from fx_fusion.patterns.qk_norm_rope_cache.match import Match
 from fx_fusion.patterns.qk_norm_rope_cache.source_text import function, identifier, place, quoted, unwritable
 from fx_fusion.report import LayerReport
@@ -36,7 +37,9 @@ def add_to(commands: Any) -> None:
     add_arguments(parser)
     parser.add_argument("--target", help="check kernels for this place: cpu, cuda, hip, gfx942, sm_90 (default: here)")
     parser.add_argument(
-        "--kernel", choices=list(KERNELS), help="the implementation that is called (default: what `auto` takes)"
+        "--kernel",
+        choices=[kernel.name for kernel in OPERATION],
+        help="the implementation that is called (default: what `auto` takes)",
     )
     parser.set_defaults(run=run)
 
@@ -96,8 +99,9 @@ class Writer(Observer):
 
     def reads(self, fusion: AnyFusion, facts: Facts, candidate: Any, match: Any, layer: LayerReport) -> None:
         module = layer.module or f"layer {sum(len(kind.modules) for kind in self.kinds.values())}"
-        if layer.state != "declined" and not isinstance(match, Match):
+        if layer.state != "declined" and not isinstance(match, Lowered):
             return
+        match = match and match.match
         key = _key(facts, match, layer)
         if key in self.kinds:
             self.kinds[key].modules.append(module)

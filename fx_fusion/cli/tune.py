@@ -1,4 +1,4 @@
-"""``python -m fx_fusion tune``: measure tiles and kernels on this machine's GPU, and keep the best for the pass."""
+"""``python -m fx_fusion tune``: measure kernels and their settings on this machine's GPU, for the pass to use."""
 
 from __future__ import annotations
 
@@ -15,14 +15,12 @@ from fx_fusion.cli.terminal import print_table
 from fx_fusion.kernels.measure import tuned
 from fx_fusion.kernels.measure.bench import Bench, Refused
 from fx_fusion.kernels.measure.tuned_file import Machine, Shape, Tuned
-from fx_fusion.kernels.measure.tuning import Found, Times, measure, tiles_to_measure
-from fx_fusion.kernels.qk_norm_rope_cache.triton.launch import wave_size_of
+from fx_fusion.kernels.measure.tuning import Best, Found, Times, all_settings, measure, settings_to_measure
 
 #: Powers of two: between two of them the tile of the lower one serves.
 TOKENS = [1 << power for power in range(15)]
 HEADS = "32/8/128"
 DTYPES = ("bfloat16", "float16", "float32")
-COLUMNS = ("heads", "tokens", "built-in tile", "us", "best tile", "us", "gain", "aiter us", "auto calls")
 
 MakeBench = Callable[[Shape, int, torch.device], Times]
 
@@ -39,7 +37,7 @@ def add_to(commands: Any) -> None:
     )
     parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="of q, k, v and the cache")
     parser.add_argument("--output", type=Path, help=f"the file (default: {tuned.VARIABLE}, else Inductor's cache)")
-    parser.add_argument("--quick", action="store_true", help="only the tiles that the built-in rule chooses among")
+    parser.add_argument("--quick", action="store_true", help="only the settings that the built-in rules choose among")
     parser.set_defaults(run=run)
 
 
@@ -74,15 +72,13 @@ def run(arguments: argparse.Namespace, make_bench: MakeBench = Bench) -> int:
     machine = tuned.machine(device)
     if machine is None:
         return _say_why("PyTorch finds no CUDA or ROCm device here; run this on the machine that will serve", 2)
-    if machine.triton is None:
-        return _say_why("the package triton is not installed: there is no tile to measure", 2)
     if path is None:
         return _say_why(f"{tuned.VARIABLE} is {tuned.OFF!r}; name a file with --output", 2)
     try:
         found = _measure_all(arguments, device, make_bench)
         tuned.save(path, _as_file(machine, found))
     except Refused as refused:
-        return _say_why(f"no tile could be timed:\n{refused}", 1)
+        return _say_why(f"no kernel could be timed:\n{refused}", 1)
     except OSError as error:
         return _say_why(f"{path} cannot be written: {error}", 1)
     _print(machine, found, path)
@@ -98,23 +94,31 @@ def _measure_all(arguments: argparse.Namespace, device: torch.device, make_bench
     found: list[Found] = []
     for sizes in arguments.heads:
         shape = Shape(*sizes, dtype=arguments.dtype)
-        tiles = tiles_to_measure(shape, arguments.tokens, wave_size_of(device), quick=arguments.quick)
+        every = {count: all_settings(make_bench(shape, count, device)) for count in arguments.tokens}
+        settings = settings_to_measure(every, quick=arguments.quick)
         for count in arguments.tokens:
-            found.append(measure(shape, count, tiles[count], make_bench(shape, count, device)))
-            print(f"{shape}, {count} tokens: {found[-1].best.triton_us:.2f} us", file=sys.stderr, flush=True)
+            found.append(measure(shape, count, settings[count], make_bench(shape, count, device)))
+            times = ", ".join(f"{name} {best.us:.2f} us" for name, best in found[-1].best.items())
+            print(f"{shape}, {count} tokens: {times}", file=sys.stderr, flush=True)
     return found
 
 
 def _as_file(machine: Machine, found: Sequence[Found]) -> Tuned:
     shapes = dict.fromkeys(each.shape for each in found)
-    timings = {shape: tuple(each.best for each in found if each.shape == shape) for shape in shapes}
+    timings = {shape: tuple(each.timing for each in found if each.shape == shape) for shape in shapes}
     return Tuned(machine, torch.__version__, datetime.date.today().isoformat(), timings)
 
 
 def _print(machine: Machine, found: Sequence[Found], path: Path) -> None:
-    print_table(f"{machine.device}, microseconds a call", COLUMNS, [_cells(each) for each in found])
-    changed = [each for each in found if each.best.tile != each.rule]
-    print(f"another tile than the built-in rule's for {len(changed)} of {len(found)} token counts")
+    kernels = list(dict.fromkeys(name for each in found for name in each.best))
+    tuned_kernels = [name for name in kernels if any(name in each.settings for each in found)]
+    columns = ["heads", "tokens"]
+    for name in kernels:
+        columns += [f"{name}, built in", "us", "best", "us", "gain"] if name in tuned_kernels else [f"{name} us"]
+    rows = [_cells(each, kernels, tuned_kernels) for each in found]
+    print_table(f"{machine.device}, microseconds a call", [*columns, "auto calls"], rows)
+    changed = [each for each in found if any(best.setting != best.rule for best in each.best.values())]
+    print(f"another setting than the built-in rule's for {len(changed)} of {len(found)} token counts")
     for reason in dict.fromkeys(reason for each in found for reason in each.refusals):
         print(f"not timed: {reason}")
     print(f"written to {path}")
@@ -122,13 +126,18 @@ def _print(machine: Machine, found: Sequence[Found], path: Path) -> None:
         print(f"to use it: export {tuned.VARIABLE}={path.resolve()}")
 
 
-def _cells(found: Found) -> tuple[str, ...]:
-    best = found.best
-    fastest = "aiter" if best.aiter_us is not None and best.aiter_us < best.triton_us else "triton"
-    return (
-        str(found.shape), str(best.num_tokens), str(found.rule), _number(found.rule_us), str(best.tile),
-        _number(best.triton_us), _number(found.gain), _number(best.aiter_us), fastest,
-    )  # fmt: skip
+def _cells(found: Found, kernels: Sequence[str], tuned_kernels: Sequence[str]) -> list[str]:
+    cells = [str(found.shape), str(found.num_tokens)]
+    for name in kernels:
+        best = found.best.get(name)
+        cells += _tuned_cells(best) if name in tuned_kernels else [_number(best and best.us)]
+    return [*cells, found.fastest]
+
+
+def _tuned_cells(best: Best | None) -> list[str]:
+    if best is None:
+        return ["-"] * 5
+    return [str(best.rule), _number(best.rule_us), str(best.setting), _number(best.us), _number(best.gain)]
 
 
 def _number(value: float | None) -> str:

@@ -1,11 +1,11 @@
 """Do a region of a graph and a user's pattern compute the same function?
 
-Samples prove identity between analytic functions only (see ``certificate.py``). A pattern of a user may hold steps that
-are not analytic, or that nobody outside can look into: a clamp, a maximum, a store, a custom operation. Such a step is
-*free*: all that is assumed of it is that equal arguments give equal results. So each free step of the region must be
-the same operation, with the same literals, on equal arguments, as one of the pattern; what it gives is then a fresh
-random value on both sides, and between free steps everything is analytic. A step that occurs in the region alone, such
-as a clamp that random data never reaches, has no counterpart, and the region is declined.
+Samples prove identity between analytic functions only (see ``proof/samples.py``). A pattern of a user may hold steps
+that are not analytic, or that nobody outside can look into: a clamp, a maximum, a store, a custom operation. Such a
+step is *free*: all that is assumed of it is that equal arguments give equal results. So each free step of the region
+must be the same operation, with the same literals, on equal arguments, as one of the pattern; what it gives is then a
+fresh random value on both sides, and between free steps everything is analytic. A step that occurs in the region alone,
+such as a clamp that random data never reaches, has no counterpart, and the region is declined.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from fx_fusion.decline import Decline
 from fx_fusion.graph import operations as opset
 from fx_fusion.graph.sizes import Sizes
 from fx_fusion.graph.torch_compat import FakeTensor, HigherOrderOperator, pytree
-from fx_fusion.proof.certificate import _certify_root
 from fx_fusion.proof.evaluate import Arithmetic, evaluate, schedule
 from fx_fusion.proof.region_function import TOLERANCE, relative_difference
+from fx_fusion.proof.samples import check_root
 
 #: Scales of random input in float64: ordinary, where a small constant rules, where an exponential saturates, where it
 #: overflows, none at all, and far out.
@@ -60,7 +60,7 @@ def is_free(node: Node, floor: torch.dtype | None) -> bool:
         return _rounds_below(node, floor)
     if node.target in opset.ROOTS:
         try:
-            _certify_root(node)
+            check_root(node)
         except Decline:
             return True
         return _rounds_below(node, floor)

@@ -14,7 +14,7 @@ from torch.fx import Graph
 
 from fx_fusion.decline import Decline
 from fx_fusion.function_fusions.fusion import FunctionFusion, Match, insert
-from fx_fusion.kernels.dispatch import KernelUnavailable
+from fx_fusion.kernels.operation import KernelUnavailable
 from fx_fusion.kernels.qk_norm_rope_cache import reference
 from fx_fusion.kernels.qk_norm_rope_cache.operation import qk_norm_rope_cache
 from fx_fusion.kernels.swiglu import operation as swiglu

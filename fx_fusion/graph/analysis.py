@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import heapq
 from collections.abc import Hashable, Iterable
 from typing import Any
@@ -32,6 +33,11 @@ class Facts:
         self._first: dict[int, Node] = {}
         for node in self.nodes:
             self._first.setdefault(self.numbers[node], node)
+
+    @functools.cached_property
+    def draws(self) -> list[Node]:
+        """What draws random numbers, in graph order."""
+        return [node for node in self.nodes if opset.draws(node)]
 
     def value_number(self, node: Node) -> int:
         return self.numbers[node]
@@ -158,7 +164,7 @@ def _value_key(node: Node, numbers: dict[Node, int]) -> Hashable:
 def _is_pure(node: Node) -> bool:
     if not isinstance(node.target, OpOverload):
         return callable(node.target) and getattr(node.target, "__module__", "") == "_operator"
-    return not node.target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in node.target.tags
+    return not node.target._schema.is_mutable and not opset.draws(node)
 
 
 def freeze(value: Any, numbers: dict[Node, int]) -> Hashable:

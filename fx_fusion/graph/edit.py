@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import operator
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol, TypeVar
 
 import sympy
 import torch
@@ -32,19 +32,85 @@ _ARITHMETIC: dict[Any, Any] = {
 EMITTED = "fx_fusion"
 
 
-class Emitter:
-    """Appends nodes at one place of `graph`; new nodes carry the source line of `origin`."""
+T = TypeVar("T")
 
-    def __init__(self, graph: Graph, origin: Node) -> None:
+
+class Emit(Protocol[T]):
+    """Writes one computation, step by step: into a graph, on fake values, as source text."""
+
+    def of(self, node: Node) -> T:
+        """The value of a node of the graph."""
+        ...
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> T:
+        """One step: an operation of values, sizes and literals."""
+        ...
+
+    def size(self, size: Size) -> Any:
+        """`size` as an argument of a step."""
+        ...
+
+    def has_shape(self, value: T, shape: Sequence[Any]) -> bool:
+        """Is it known that `value` has this shape, so that no reshape is needed?"""
+        ...
+
+
+class FakeEmitter:
+    """Runs each step on fake values, and keeps in `made` what each gives. Adds no guard."""
+
+    def __init__(self, origin: Node) -> None:
+        self.made: list[Any] = []
+        self._origin = origin.meta["val"]
+
+    def of(self, node: Node) -> torch.Tensor:
+        return node.meta["val"]
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> Any:
+        with fake_mode_of((args, kwargs, self._origin)) as mode, _without_guards(mode):
+            value = target(*args, **kwargs)
+        self.made.append(value)
+        return value
+
+    def size(self, size: Size) -> Size:
+        return size
+
+    def has_shape(self, value: torch.Tensor, shape: Sequence[Size]) -> bool:
+        return same(value.shape, shape)
+
+
+def _without_guards(mode: Any) -> contextlib.AbstractContextManager[Any]:
+    env = getattr(mode, "shape_env", None)
+    return contextlib.nullcontext() if env is None else env.suppress_guards()
+
+
+class Emitter:
+    """Appends nodes at one place of `graph`; new nodes carry the source line of `origin`.
+
+    Args:
+        made: the fake values of the first steps, where the same steps were run by :class:`FakeEmitter` before.
+    """
+
+    def __init__(self, graph: Graph, origin: Node, made: Iterable[Any] = ()) -> None:
         self._graph = graph
         self._origin = origin
+        self._made = iter(made)
         self._symbols: dict[Any, Node] = {}
+
+    def of(self, node: Node) -> Node:
+        return node
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         """A new node, its ``meta["val"]`` computed on fake tensors."""
         node = self._insert(target, args, kwargs)
-        node.meta["val"] = fake_run(node, self._origin.meta.get("val"))
+        known = next(self._made, None)
+        node.meta["val"] = self._run(node) if known is None else known
         return node
+
+    def _run(self, node: Node) -> Any:
+        return fake_run(node, self._origin.meta.get("val"))
+
+    def has_shape(self, value: Node, shape: Sequence[Size]) -> bool:
+        return same(value.meta["val"].shape, shape)
 
     def call_with_value(self, value: Any, target: Any, *args: Any, **kwargs: Any) -> Node:
         """A new node whose fake value is already known."""
@@ -89,27 +155,33 @@ class Emitter:
                 continue
             for dim, size in enumerate(value.shape):
                 if isinstance(size, torch.SymInt) and size.node.expr == expression:
-                    return self.call(aten.sym_size.int, node, dim)
+                    return self._compute(aten.sym_size.int, node, dim)
         combine = next((function for kind, function in _ARITHMETIC.items() if isinstance(expression, kind)), None)
         if combine is not None:
-            return functools.reduce(functools.partial(self.call, combine), map(self._operand, expression.args))
+            return functools.reduce(functools.partial(self._compute, combine), map(self._operand, expression.args))
         raise LookupError(f"no node of the graph holds the size {expression}")
+
+    def _compute(self, target: Any, *args: Any) -> Node:
+        """A size: no step of those that were run before."""
+        node = self._insert(target, args, {})
+        node.meta["val"] = self._run(node)
+        return node
 
     def _operand(self, expression: Any) -> Any:
         return int(expression) if expression.is_number else self._size_of(expression)
 
 
-def take(emit: Emitter, source: Node, grid: Sequence[Size], tail: Sequence[tuple[int, int, int, int]]) -> Node:
-    """A view [*grid, *tail] of `source`, whose rows follow `grid` in order.
+def take(emit: Emit[T], source: T, rows: Sequence[Any], tail: Sequence[tuple[int, int, int, int]]) -> T:
+    """A view [*rows, *tail] of `source`, whose rows follow each other in order.
 
     Each entry of `tail` is (length, offset, step, extent): the elements ``offset + i * step``, i < length, of a
     dimension of `extent` elements; the extents together make up one row.
     """
-    shape = [*grid, *(extent for *_, extent in tail)]
+    shape = [*rows, *(extent for *_, extent in tail)]
     view = source
-    if not same(source.meta["val"].shape, shape):
-        view = emit.call(aten.reshape.default, source, list(map(emit.size, shape)))
-    for dim, (length, offset, step, extent) in enumerate(tail, start=len(grid)):
+    if not emit.has_shape(source, shape):
+        view = emit.call(aten.reshape.default, source, [emit.size(size) for size in shape])
+    for dim, (length, offset, step, extent) in enumerate(tail, start=len(rows)):
         if (offset, step, length) != (0, 1, extent):
             view = emit.call(aten.slice.Tensor, view, dim, offset, offset + step * (length - 1) + 1, step)
     return view

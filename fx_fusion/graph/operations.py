@@ -125,15 +125,40 @@ def is_opaque(node: Node) -> bool:
     return name in _BOUNDARIES or "scaled_dot_product" in name
 
 
+def draws(node: Node) -> bool:
+    """Does `node` draw random numbers, so that no other node, and no later run of it, holds the same values?
+
+    A dropout that drops nothing draws none.
+    """
+    if not isinstance(node.target, OpOverload):
+        return False
+    if torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    given = {**_by_name(node, node.target._schema), **node.kwargs}
+    trains = [given[name] for name in ("train", "training") if name in given]
+    chances = [given[name] for name in _CHANCES if name in given and (trains or name != "p")]
+    return not any(value is False for value in trains) and not any(type(p) in (int, float) and p == 0 for p in chances)
+
+
+#: How the arguments are named that say how often a dropout drops; ``p`` says so only beside ``train``.
+_CHANCES = ("p", "dropout", "dropout_p")
+
+
+def _by_name(node: Node, schema: torch.FunctionSchema) -> dict[str, Any]:
+    names = [argument.name for argument in schema.arguments]
+    defaults = {argument.name: argument.default_value for argument in schema.arguments if argument.has_default_value()}
+    return {**defaults, **dict(zip(names, node.args, strict=False))}
+
+
 def is_literal(node: Node) -> bool:
-    """Is `node` made of literals alone (an iota, a mask computed from one)?"""
+    """Is `node` made of literals alone (an iota, a mask computed from one)? A random number is none."""
     stack = [node]
     seen: set[Node] = set()
     while stack:
         top = stack.pop()
         if is_symbolic(top) or top in seen:
             continue
-        if top.op != "call_function" or is_opaque(top) or len(seen) > 64:
+        if top.op != "call_function" or is_opaque(top) or draws(top) or len(seen) > 64:
             return False
         seen.add(top)
         stack.extend(top.all_input_nodes)

@@ -294,10 +294,16 @@ def angles_after_projection(facts: Facts, origin: Node, out: Node) -> int:
 
 
 def branch_key(branch: Branch, origins: Sequence[Node]) -> tuple[Any, ...]:
-    """Equal for branches that compute the same function of the data and of `origins`: same ops, literals, shapes and
-    strides, from the origins on.
+    """Equal for branches that compute the same function of the data and of `origins`: see :func:`numbered_branch`."""
+    return numbered_branch(branch, origins)[0]
 
-    Nodes are numbered in order of use, so names do not matter, and which operands are one node does.
+
+def numbered_branch(branch: Branch, origins: Sequence[Node]) -> tuple[tuple[Any, ...], tuple[Node, ...]]:
+    """A key, equal for branches that compute the same function of the data and of `origins` (same ops, literals, shapes
+    and strides, from the origins on); and the nodes that it numbers, in order.
+
+    Nodes are numbered in order of use, so names and places in the graph do not matter, and which operands are one node
+    does. Of two branches with equal keys, the nodes with one number correspond: nothing else says which do.
     """
     local: dict[Node, int] = {}
     described: list[Any] = [_describe(branch.projection)]
@@ -320,7 +326,7 @@ def branch_key(branch: Branch, origins: Sequence[Node]) -> tuple[Any, ...]:
             stack.extend(missing)
 
     visit(branch.out)
-    return tuple(described)
+    return tuple(described), tuple(local)
 
 
 def _describe(node: Node) -> tuple[str, ...]:

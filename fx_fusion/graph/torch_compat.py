@@ -47,12 +47,16 @@ from torch.fx.experimental.symbolic_shapes import (  # what is known of sizes, a
     statically_known_true,
 )
 from torch.utils import _pytree as pytree  # leaves of nested arguments
+from torch.utils._python_dispatch import TorchDispatchMode  # every operation, as something else
 from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes  # whoever else is tracing
 from torch.utils._sympy.functions import FloorDiv, Min  # in the expressions of sizes
 
 #: Told whether the graph is for inference, in the versions that tell a pass.
 InferenceAwarePass: Any = getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", None)
 GraphPass: Any = InferenceAwarePass or custom_graph_pass.CustomGraphPass
+
+#: The ``__torch_function__`` of a tensor that has none.
+NO_TORCH_FUNCTION: Any = torch._C._disabled_torch_function_impl
 
 #: Has Inductor a fused multiply-add, which Dynamo makes of ``addcmul_`` with a factor?
 HAS_FMA = hasattr(inductor_prims, "fma")

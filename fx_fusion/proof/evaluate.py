@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import enum
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ from torch.fx.node import map_aggregate
 from fx_fusion.decline import Decline
 from fx_fusion.graph import operations as opset
 from fx_fusion.graph.sizes import Sizes
+from fx_fusion.proof.field.tensor import FieldTensor
+from fx_fusion.proof.field.verdict import NoMeaning
 
 #: Bytes that the live values of one evaluation may take together. Beside them a reader, or the reference that the
 #: result is compared with, holds a few tensors of the result's size: all in all less than four times as much.
@@ -39,12 +41,15 @@ def evaluate(
     inputs: Mapping[Node, Any],
     sizes: Sizes,
     arithmetic: Arithmetic = Arithmetic.FLOAT64,
+    at: Callable[[Node], None] | None = None,
 ) -> list[torch.Tensor]:
     """The values of `outputs`, given those of `inputs`.
 
-    Everything between is run; a value is freed after its last use. Nodes that hold sizes take them from `sizes`.
+    Everything between is run; a value is freed after its last use. Nodes that hold sizes take them from `sizes`. `at`
+    is told of each node before it is run.
 
     Raises:
+        NoMeaning: under a mode that interprets the operations otherwise, if it has no meaning for one.
         Decline: ``region.evaluation`` if an input is missing or an operation fails, ``region.too_large`` if the live
             values exceed :data:`MEMORY_BOUND`.
     """
@@ -55,6 +60,8 @@ def evaluate(
     live = sum(_bytes(value) for value in values.values())
     for node in steps:
         check_memory(live + _bytes_to_come(node, sizes), node)
+        if at is not None:
+            at(node)
         values[node] = _run(node, values, sizes, arithmetic)
         live += _bytes(values[node])
         check_memory(live, node)
@@ -105,6 +112,10 @@ def _run(node: Node, values: Mapping[Node, Any], sizes: Sizes, arithmetic: Arith
         return sizes.value(node)
     if node.op != "call_function":
         raise Decline("region.evaluation", f"{node} is a graph input whose value must not be read", [node])
+    if opset.draws(node):
+        raise Decline(
+            "region.evaluation", f"{node} draws random numbers: one value does not stand for the next", [node]
+        )
     if opset.is_cast(node) and arithmetic is not Arithmetic.NATIVE:
         return _cast(node, values, arithmetic)
 
@@ -123,6 +134,8 @@ def _run(node: Node, values: Mapping[Node, Any], sizes: Sizes, arithmetic: Arith
     kwargs = map_aggregate(node.kwargs, argument)
     try:
         result = node.target(*args, **kwargs)  # type: ignore[operator]
+    except NoMeaning:
+        raise
     except Exception as error:
         raise Decline("region.evaluation", f"{node.target} cannot run on the CPU: {error}", [node]) from error
     if arithmetic is Arithmetic.FLOAT64 and isinstance(result, torch.Tensor):
@@ -145,4 +158,6 @@ def _widest(dtype: torch.dtype) -> torch.dtype:
 
 
 def _bytes(value: Any) -> int:
+    if isinstance(value, FieldTensor):
+        return value.bytes_held
     return value.untyped_storage().nbytes() if isinstance(value, torch.Tensor) and not value._is_view() else 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -54,11 +54,12 @@ class Probe:
         data: torch.Tensor,
         leaves: Mapping[Node, torch.Tensor],
         arithmetic: Arithmetic = Arithmetic.FLOAT64,
+        at: Callable[[Node], None] | None = None,
     ) -> torch.Tensor:
-        """The branch's result for `data`, given as [tokens, columns] or in its own shape."""
+        """The branch's result for `data`, given as [tokens, columns] or in its own shape. `at` is told of each step."""
         given = {n: torch.view_as_complex(v) if opset.is_complex_tensor(n) else v for n, v in leaves.items()}
         inputs = {**given, self.branch.data: data.reshape(self.data_shape)}
-        return evaluate([self.branch.out], inputs, self.sizes, arithmetic)[0]
+        return evaluate([self.branch.out], inputs, self.sizes, arithmetic, at)[0]
 
 
 def _apart(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:

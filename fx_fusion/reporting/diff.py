@@ -14,7 +14,7 @@ class Change:
 
     Attributes:
         layer: its module, or its number.
-        kind: ``lost``, ``gained``, ``moved`` (another state, as good as before), ``facts`` or ``reason``.
+        kind: ``lost``, ``gained``, ``moved`` (another state, as good as before), ``reading`` or ``reason``.
         before, after: in words.
     """
 
@@ -60,8 +60,8 @@ def _changes(name: str, old: LayerReport | None, new: LayerReport | None) -> Ite
         yield Change(name, "moved", _words(old), _words(new))
     elif old.state == "declined" and old.code != new.code:
         yield Change(name, "reason", _words(old), _words(new))
-    elif old.facts != new.facts or old.kernel != new.kernel:
-        yield Change(name, "facts", *_differing(old, new))
+    elif old.reading != new.reading or old.kernel != new.kernel:
+        yield Change(name, "reading", *_differing(old, new))
 
 
 def _words(layer: LayerReport | None) -> str:
@@ -74,7 +74,9 @@ def _words(layer: LayerReport | None) -> str:
 
 
 def _differing(old: LayerReport, new: LayerReport) -> tuple[str, str]:
-    facts = [{**layer.facts, "kernel": layer.kernel} for layer in (old, new)]
-    names = [name for name in dict.fromkeys((*facts[0], *facts[1])) if facts[0].get(name) != facts[1].get(name)]
-    words = ["; ".join(f"{name} {each.get(name)}" for name in names) for each in facts]
+    readings = [{**layer.reading, "kernel": layer.kernel} for layer in (old, new)]
+    names = [
+        name for name in dict.fromkeys((*readings[0], *readings[1])) if readings[0].get(name) != readings[1].get(name)
+    ]
+    words = ["; ".join(f"{name} {each.get(name)}" for name in names) for each in readings]
     return words[0], words[1]

@@ -1,10 +1,11 @@
-"""What each reader found of a layer, in words, from the facts of a report."""
+"""What each reader found of a layer, in words, from the readings of a report."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from fx_fusion.patterns.qk_norm_rope_cache.reading import Reading, of_report
 from fx_fusion.report import LayerReport
 
 
@@ -17,36 +18,35 @@ class Finding(NamedTuple):
 
 
 def findings(layer: LayerReport) -> list[Finding]:
-    """In the order in which the readers ask. Of a fusion that keeps other facts, those in general."""
+    """In the order in which the readers ask. Of a fusion that reads other things, those in general."""
     if layer.state == "declined":
         return []
-    reads = (
-        _of_prologue(layer.facts) if {"columns", "rotary_dim", "cache_size"} <= set(layer.facts) else _any(layer.facts)
-    )
+    prologue = of_report(layer)
+    reads = _any(layer.reading) if prologue is None else _of_prologue(prologue)
     return [*reads, *_verdicts(layer)]
 
 
-def _any(facts: dict[str, Any]) -> Iterator[Finding]:
-    for name, value in facts.items():
+def _any(reading: Mapping[str, Any]) -> Iterator[Finding]:
+    for name, value in reading.items():
         yield Finding("region", name, str(value))
 
 
-def _of_prologue(facts: dict[str, Any]) -> Iterator[Finding]:
-    columns = "; ".join(f"{name}: {words}" for name, words in facts["columns"].items())
-    yield Finding("split", "split", f"{facts['projection']} projection; {columns}")
-    yield Finding("norm", "RMSNorm", _norm(facts["norm"]))
-    lanes = f"{facts['rotary_dim']} of {facts['head_dim']} lanes, {facts['rope']} pairs"
+def _of_prologue(reading: Reading) -> Iterator[Finding]:
+    columns = "; ".join(f"{name}: {words}" for name, words in reading.columns.items())
+    yield Finding("split", "split", f"{reading.projection} projection; {columns}")
+    yield Finding("norm", "RMSNorm", _norm(reading.norm))
+    lanes = f"{reading.rotary_dim} of {reading.head_dim} lanes, {reading.rope} pairs"
     yield Finding("rope", "rotation", lanes)
-    yield Finding("lookup", "angles", _angles(facts))
-    computed = ", computed in the graph" if facts["index_arithmetic"] else ""
-    size, stride = ", ".join(facts["cache_size"]), ", ".join(facts["cache_stride"])
-    words = f"[{size}] with strides [{stride}], by {facts['addressed_by']}{computed}; {facts['cache_dtype']}"
+    yield Finding("lookup", "angles", _angles(reading))
+    computed = ", computed in the graph" if reading.index_arithmetic else ""
+    size, stride = ", ".join(reading.cache_size), ", ".join(reading.cache_stride)
+    words = f"[{size}] with strides [{stride}], by {reading.addressed_by}{computed}; {reading.cache_dtype}"
     yield Finding("store", "cache store", words)
-    if facts["return_k"]:
+    if reading.return_k:
         yield Finding("store", "fresh key", "the rotated key is used besides its store, so the call returns it too")
 
 
-def _norm(norm: dict[str, Any] | None) -> str:
+def _norm(norm: Mapping[str, Any] | None) -> str:
     if norm is None:
         return "none: the heads are rotated as projected"
     q, k = norm["q_eps"], norm["k_eps"]
@@ -54,13 +54,13 @@ def _norm(norm: dict[str, Any] | None) -> str:
     return f"each head alone, {eps}, times {'1 + weight' if norm['gemma'] else 'weight'}"
 
 
-def _angles(facts: dict[str, Any]) -> str:
-    if facts["angles"] != "table":
+def _angles(reading: Reading) -> str:
+    if reading.angles != "table":
         return "cosine and sine rows, one a token"
-    if facts["mrope_section"]:
-        order = "interleaved" if facts["mrope_interleaved"] else "sectioned"
-        return f"a table, looked up by three axes of positions: mRoPE {facts['mrope_section']} {order}"
-    return f"a table, looked up by {len(set(facts['axes'] or [0]))} axis of positions"
+    if reading.mrope_section:
+        order = "interleaved" if reading.mrope_interleaved else "sectioned"
+        return f"a table, looked up by three axes of positions: mRoPE {reading.mrope_section} {order}"
+    return f"a table, looked up by {len(set(reading.axes or [0]))} axis of positions"
 
 
 def _verdicts(layer: LayerReport) -> Iterator[Finding]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from html import escape
-from typing import Any
 
+from fx_fusion.patterns.qk_norm_rope_cache.reading import Reading, of_report
 from fx_fusion.report import LayerReport
 
 WIDTH = 360
@@ -16,51 +16,48 @@ _HEIGHT = 40
 
 def figures(layer: LayerReport) -> str:
     """Two figures; nothing for a fusion whose parts are not those of the built-in one."""
-    facts = layer.facts
-    if not {"columns", "rotary_dim", "cache_size"} <= set(facts):
+    reading = of_report(layer)
+    if reading is None:
         return ""
-    after = _after(layer) if layer.state == "rewritten" else ""
+    after = _after(layer, reading) if layer.state == "rewritten" else ""
     caption = "after" if after else ""
-    drawings = [("before", _before(facts))] + ([(caption, after)] if after else [])
+    drawings = [("before", _before(reading))] + ([(caption, after)] if after else [])
     body = "".join(f"<figure><figcaption>{words}</figcaption>{svg}</figure>" for words, svg in drawings)
     return f'<div class="flows">{body}</div>'
 
 
-def _before(facts: dict[str, Any]) -> str:
-    packed = facts["projection"] != "separate"
-    norm = facts["norm"] or {"q_eps": None, "k_eps": None}
-    heads = {"q": facts["num_heads"], "k": facts["num_kv_heads"], "v": facts["num_kv_heads"]}
+def _before(reading: Reading) -> str:
+    packed = reading.projection != "separate"
+    norm = reading.norm or {"q_eps": None, "k_eps": None}
+    heads = {"q": reading.num_heads, "k": reading.num_kv_heads, "v": reading.num_kv_heads}
     shapes: list[str] = []
     if packed:
-        shapes += [_box(WIDTH / 2, 4, "data", f"{facts['projection']} projection", "", WIDTH - 20)]
+        shapes += [_box(WIDTH / 2, 4, "data", f"{reading.projection} projection", "", WIDTH - 20)]
     else:
         shapes += [_box(x, 4, "data", f"{lane} projection", "", _BOX) for lane, x in _LANE.items()]
     for lane, x in _LANE.items():
-        shapes += [_arrow(x, 44, 70), _box(x, 70, "split", f"split {lane}", f"{heads[lane]} × {facts['head_dim']}")]
+        shapes += [_arrow(x, 44, 70), _box(x, 70, "split", f"split {lane}", f"{heads[lane]} × {reading.head_dim}")]
     for lane in "qk":
         eps, x = norm[f"{lane}_eps"], _LANE[lane]
         words = "none" if eps is None else f"eps {eps:g}"
         shapes += [_arrow(x, 110, 136), _box(x, 136, "norm", "RMSNorm", words)]
         shapes += [
             _arrow(x, 176, 202),
-            _box(x, 202, "rope", "mRoPE" if facts["mrope_section"] else "RoPE", _rope(facts)),
+            _box(x, 202, "rope", "mRoPE" if reading.mrope_section else "RoPE", _rope(reading)),
         ]
         shapes += [_arrow(x, 242, 268)]
     shapes += [_arrow(_LANE["v"], 110, 268)]
     shapes += [_box(_LANE["q"], 268, "data", "attention", "")]
-    shapes += [
-        _box(_LANE[lane], 268, "store", f"store {lane}", facts["addressed_by"].split(" in ")[0]) for lane in "kv"
-    ]
+    shapes += [_box(_LANE[lane], 268, "store", f"store {lane}", reading.addressed_by.split(" in ")[0]) for lane in "kv"]
     return _svg(shapes, 312)
 
 
-def _rope(facts: dict[str, Any]) -> str:
-    return f"{facts['rope']} {facts['rotary_dim']}"
+def _rope(reading: Reading) -> str:
+    return f"{reading.rope} {reading.rotary_dim}"
 
 
-def _after(layer: LayerReport) -> str:
-    facts = layer.facts
-    angles = "table + positions" if facts["angles"] == "table" else "cos, sin rows"
+def _after(layer: LayerReport, reading: Reading) -> str:
+    angles = "table + positions" if reading.angles == "table" else "cos, sin rows"
     shapes = [_box(WIDTH / 2, 4, "data", "q, k, v as views of the projection", "no copy", WIDTH - 20)]
     shapes += [_box(WIDTH / 2, 56, "operand", f"weights, {angles}, slots", "", WIDTH - 20)]
     shapes += [_arrow(x, 96, 136) for x in _LANE.values()]

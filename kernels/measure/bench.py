@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from fx_fusion.kernels.measure.stopwatch import microseconds
 from fx_fusion.kernels.measure.tuned_file import Shape
-from fx_fusion.kernels.measure.typical_problem import bytes_moved, typical_problem
-from fx_fusion.kernels.qk_norm_rope_cache import self_check
-from fx_fusion.kernels.qk_norm_rope_cache.agreement import Launch, compare
-from fx_fusion.kernels.qk_norm_rope_cache.aiter import implementation as aiter
-from fx_fusion.kernels.qk_norm_rope_cache.aiter.call import Operands, Options, problem
-from fx_fusion.kernels.qk_norm_rope_cache.specialization import Signature
-from fx_fusion.kernels.qk_norm_rope_cache.triton import implementation as triton
-from fx_fusion.kernels.qk_norm_rope_cache.triton.tile import Tile
+from fx_fusion.kernels.operation import Implementation
+from fx_fusion.kernels.qk_norm_rope_cache.agreement import Run, compare
+from fx_fusion.kernels.qk_norm_rope_cache.call import Call
+from fx_fusion.kernels.qk_norm_rope_cache.operation import OPERATION
+from fx_fusion.kernels.qk_norm_rope_cache.typical import bytes_moved, typical_call
 from fx_fusion.kernels.target import Target
 
 #: Of all calls of a graph together: past every cache, and little of any memory.
@@ -31,40 +30,42 @@ class Bench:
     """Times calls of `num_tokens` tokens of `shape` on `device`, a CUDA or ROCm device."""
 
     def __init__(self, shape: Shape, num_tokens: int, device: torch.device) -> None:
-        self._device = device
-        count = min(_MOST, max(_FEWEST, _BYTES // bytes_moved(shape, num_tokens)))
-        self._problems = [typical_problem(shape, num_tokens, device) for _ in range(count)]
+        self._shape, self._num_tokens, self._device = shape, num_tokens, device
 
-    def triton(self, tile: Tile) -> float:
-        """Microseconds of a call with `tile`.
+    @functools.cached_property
+    def _calls(self) -> list[Call[Tensor]]:
+        """Enough that none finds its tensors in a cache of the device."""
+        count = min(_MOST, max(_FEWEST, _BYTES // bytes_moved(self._shape, self._num_tokens)))
+        return [typical_call(self._shape, self._num_tokens, self._device) for _ in range(count)]
+
+    @property
+    def kernels(self) -> list[Implementation[Any]]:
+        """What there is to time."""
+        return [each for each in OPERATION if each.fast]
+
+    def settings(self, kernel: Implementation[Any]) -> list[Any]:
+        """The built-in rule's setting for these calls first, then the others that are worth a measurement."""
+        return kernel.settings(typical_call(self._shape, self._num_tokens, self._device))
+
+    def time(self, kernel: Implementation[Any], setting: Any) -> float:
+        """Microseconds of a call, with the launches that the implementation adds.
 
         Raises:
-            Refused: it does not compile, or does not agree with the reference.
+            Refused: it cannot run here, its contract does not admit the call, it does not compile, or it does not agree
+                with the reference.
         """
-        return self._time(functools.partial(triton.qk_norm_rope_cache, tile=tile))
-
-    def aiter(self) -> float:
-        """Microseconds of a call, with the launches that our call adds.
-
-        Raises:
-            Refused: it is not there, its contract does not admit the call, or it does not agree with the reference.
-        """
-        operands, options = self._problems[0]
-        asked = problem(Operands(*operands), Options(**options))  # pyright: ignore[reportArgumentType]
-        reason = aiter.KERNEL.reason_against(asked, Target.of(self._device))
+        reason = kernel.reason_against(self._calls[0], Target.of(self._device))
         if reason is not None:
             raise Refused(reason)
-        spent = self._time(aiter.qk_norm_rope_cache)
-        # Where aiter fails its own check, its entry calls another kernel: that was timed, then.
-        signature = Signature.of(*operands, **options)
-        verdict = next(each for each in self_check.verdicts() if (each.kernel, each.signature) == ("aiter", signature))
-        if verdict.reason is not None:
-            raise Refused(verdict.reason)
+        spent = self._time(functools.partial(kernel.trial, setting=setting))
+        wrong = kernel.found_wrong(self._calls[0])
+        if wrong is not None:
+            raise Refused(wrong)
         return spent
 
-    def _time(self, launch: Launch) -> float:
+    def _time(self, run: Run) -> float:
         try:
-            differences = compare(launch, self._problems[0])
+            differences = compare(run, self._calls[0])
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -72,9 +73,4 @@ class Bench:
         wrong = [str(difference) for difference in differences if not difference.error <= difference.allowed]
         if wrong:
             raise Refused("; ".join(wrong))
-
-        def call(index: int) -> object:
-            operands, options = self._problems[index]
-            return launch(*operands, **options)
-
-        return microseconds(call, len(self._problems), self._device)
+        return microseconds(lambda index: run(self._calls[index]), len(self._calls), self._device)

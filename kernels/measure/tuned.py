@@ -15,6 +15,7 @@ import torch
 
 from fx_fusion.cache_folder import cache_folder
 from fx_fusion.kernels.measure.tuned_file import Machine, Shape, Timing, Tuned, from_json, to_json
+from fx_fusion.kernels.operation import OPERATIONS
 from fx_fusion.kernels.qk_norm_rope_cache.cache_layout import Size
 from fx_fusion.kernels.versions import aiter_version, triton_version
 
@@ -136,9 +137,19 @@ def why_ignored(path: Path, here: Machine) -> str | None:
 def _read(path: Path, here: Machine) -> tuple[Tuned | None, str | None]:
     try:
         found = from_json(path.read_text())
+        _check_settings(found)
     except (OSError, ValueError) as error:
         return None, str(error)
     return found, _difference(found.machine, here)
+
+
+def _check_settings(found: Tuned) -> None:
+    """Raises ValueError for a setting that a kernel of this name does not have."""
+    kernels = {each.name: each for operation in OPERATIONS.values() for each in operation}
+    for timings in found.shapes.values():
+        for name, setting in ((name, each) for timing in timings for name, each in timing.settings.items()):
+            if name in kernels:
+                kernels[name].setting_from_json(setting)
 
 
 def _difference(measured: Machine, here: Machine) -> str | None:

@@ -6,14 +6,12 @@ import bisect
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 
-from fx_fusion.kernels.qk_norm_rope_cache.triton.tile import Tile
-
-VERSION = 3
+VERSION = 4
 
 
 class Machine(NamedTuple):
@@ -48,12 +46,16 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True)
 class Timing:
-    """One token count: the best tile, and the microseconds of a call. `aiter_us` is None where aiter did not run."""
+    """One token count.
+
+    Attributes:
+        microseconds: of a call, by the name of the kernel; of those that ran.
+        settings: what was the fastest of a kernel's settings, by its name, as JSON.
+    """
 
     num_tokens: int
-    tile: Tile
-    triton_us: float
-    aiter_us: float | None = None
+    microseconds: Mapping[str, float]
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, "Mapping[str, Any]"])
 
 
 Timings = tuple[Timing, ...]
@@ -96,7 +98,7 @@ def _merge(older: Timings, newer: Timings) -> Timings:
 
 def to_json(tuned: Tuned) -> str:
     shapes = [
-        {**shape._asdict(), "timings": [_timing_to_json(timing) for timing in timings]}
+        {**shape._asdict(), "timings": [asdict(timing) for timing in timings]}
         for shape, timings in tuned.shapes.items()
     ]
     content = {
@@ -107,13 +109,6 @@ def to_json(tuned: Tuned) -> str:
         "shapes": shapes,
     }
     return json.dumps(content, indent=1) + "\n"
-
-
-def _timing_to_json(timing: Timing) -> dict[str, Any]:
-    content = asdict(timing)
-    # Token counts of a file are numbers, never symbols.
-    del content["tile"]["heads_per_program"]
-    return content
 
 
 def from_json(text: str) -> Tuned:
@@ -145,17 +140,10 @@ def _shape(content: Mapping[str, Any]) -> tuple[Shape, Timings]:
 
 
 def _timing(content: Mapping[str, Any]) -> Timing:
-    tile = content["tile"]
-    # Bounds, so that no file makes Triton refuse to compile.
     return Timing(
         _whole(content, "num_tokens"),
-        Tile(
-            _power_of_two(tile, "tokens", 256),
-            _power_of_two(tile, "num_warps", 16),
-            _power_of_two(tile, "heads", 64),
-        ),
-        _microseconds(content, "triton_us"),
-        None if content["aiter_us"] is None else _microseconds(content, "aiter_us"),
+        {kernel: _microseconds(content["microseconds"], kernel) for kernel in content["microseconds"]},
+        {kernel: dict(setting) for kernel, setting in content["settings"].items()},
     )
 
 
@@ -170,13 +158,6 @@ def _whole(content: Mapping[str, Any], name: str) -> int:
     value = content[name]
     if type(value) is not int or value < 1:
         raise ValueError(f"{name} must be a positive integer, found {value!r}")
-    return value
-
-
-def _power_of_two(content: Mapping[str, Any], name: str, largest: int) -> int:
-    value = _whole(content, name)
-    if value & (value - 1) or value > largest:
-        raise ValueError(f"a tile's {name} must be a power of two up to {largest}, found {value}")
     return value
 
 

@@ -1,81 +1,118 @@
-"""Which tile is best, and how long each kernel takes, for each token count of a shape."""
+"""How long each kernel takes for each token count of a shape, and which of its settings is the best."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from fx_fusion.kernels.measure.bench import Refused
 from fx_fusion.kernels.measure.tuned_file import Shape, Timing
-from fx_fusion.kernels.qk_norm_rope_cache.triton.tile import Tile, candidates, choose_tile
+from fx_fusion.kernels.operation import Implementation
 
-#: Another tile must beat the built-in rule's by this factor. Less is noise, which a file should not keep.
+#: Another setting must beat the built-in rule's by this factor. Less is noise, which a file should not keep.
 WORTH_IT = 1.02
+
+Settings = Mapping[str, Sequence[Any]]
+"""By the name of a kernel, what to time: the built-in rule's setting first."""
 
 
 class Times(Protocol):
-    """Microseconds of a call, as :class:`fx_fusion.kernels.measure.bench.Bench` measures them, or Refused."""
+    """As :class:`fx_fusion.kernels.measure.bench.Bench` measures them."""
 
-    def triton(self, tile: Tile) -> float: ...
-    def aiter(self) -> float: ...
+    @property
+    def kernels(self) -> Sequence[Implementation[Any]]: ...
+    def settings(self, kernel: Implementation[Any]) -> list[Any]: ...
+    def time(self, kernel: Implementation[Any], setting: Any) -> float: ...
+
+
+@dataclass(frozen=True)
+class Best:
+    """What was found of one kernel at one token count.
+
+    Attributes:
+        rule: the setting of the built-in rule; None for a kernel without settings.
+        rule_us: microseconds of a call with it; None if it was refused.
+        setting, us: what the file keeps.
+    """
+
+    rule: Any
+    rule_us: float | None
+    setting: Any
+    us: float
+
+    @property
+    def gain(self) -> float | None:
+        """How many times as long the rule's setting takes; 1.0 where the rule stays."""
+        return None if self.rule_us is None else self.rule_us / self.us
 
 
 @dataclass(frozen=True)
 class Found:
-    """What was found for one token count.
-
-    Attributes:
-        rule: the tile of the built-in rule.
-        rule_us: microseconds of a call with it; None if it was refused.
-        best: what the file keeps.
-        refusals: why what was not timed was not.
-    """
+    """What was found for one token count: by kernel, and why what was not timed was not."""
 
     shape: Shape
-    rule: Tile
-    rule_us: float | None
-    best: Timing
+    num_tokens: int
+    best: Mapping[str, Best]
+    settings: Mapping[str, Mapping[str, Any]]
     refusals: tuple[str, ...]
 
     @property
-    def gain(self) -> float | None:
-        """How many times as long the rule's tile takes; 1.0 where the rule stays."""
-        return None if self.rule_us is None else self.rule_us / self.best.triton_us
+    def timing(self) -> Timing:
+        """What the file keeps."""
+        return Timing(self.num_tokens, {name: best.us for name, best in self.best.items()}, self.settings)
+
+    @property
+    def fastest(self) -> str:
+        """The name of the kernel that ``auto`` calls."""
+        return min(self.best, key=lambda name: self.best[name].us)
 
 
-def tiles_to_measure(shape: Shape, counts: Sequence[int], wave_size: int, *, quick: bool) -> Mapping[int, list[Tile]]:
-    """For each token count: the built-in rule's tile first, then all others; if `quick`, those of the rule only."""
-    rule = {count: choose_tile(count, *shape[:3], wave_size) for count in counts}
-    others = list(rule.values()) if quick else candidates(shape.num_kv_heads, shape.head_dim, wave_size)
-    return {count: list(dict.fromkeys([tile, *others])) for count, tile in rule.items()}
+def all_settings(bench: Times) -> Settings:
+    return {kernel.name: bench.settings(kernel) for kernel in bench.kernels}
 
 
-def measure(shape: Shape, num_tokens: int, tiles: Sequence[Tile], times: Times) -> Found:
-    """Time each of `tiles`, of which the first is the built-in rule's, and aiter.
+def settings_to_measure(every: Mapping[int, Settings], *, quick: bool) -> Mapping[int, Settings]:
+    """Of all settings for each token count, what to time: all, or if `quick`, those that the built-in rule chooses
+    among.
+    """
+    if not quick:
+        return every
+    rules = {name: [of[name][0] for of in every.values()] for of in every.values() for name in of}
+    return {
+        count: {name: list(dict.fromkeys([settings[0], *rules[name]])) for name, settings in of.items()}
+        for count, of in every.items()
+    }
+
+
+def measure(shape: Shape, num_tokens: int, settings: Settings, bench: Times) -> Found:
+    """Time each kernel with each of its `settings`.
 
     Raises:
-        Refused: no tile could be timed.
+        Refused: nothing could be timed.
     """
-    timed: dict[Tile, float] = {}
+    best: dict[str, Best] = {}
+    chosen: dict[str, Mapping[str, Any]] = {}
     refusals: list[str] = []
-    for tile in tiles:
-        try:
-            timed[tile] = times.triton(tile)
-        except Refused as refused:
-            refusals.append(f"tile {tile}: {refused}")
-    if not timed:
+    for kernel in bench.kernels:
+        timed: dict[Any, float] = {}
+        for setting in settings[kernel.name]:
+            try:
+                timed[setting] = bench.time(kernel, setting)
+            except Refused as refused:
+                refusals.append(f"{kernel.name}{'' if setting is None else f' {setting}'}: {refused}")
+        if not timed:
+            continue
+        rule = settings[kernel.name][0]
+        setting = _best(timed, rule)
+        best[kernel.name] = Best(rule, timed.get(rule), setting, timed[setting])
+        if setting is not None:
+            chosen[kernel.name] = kernel.setting_to_json(setting)
+    if not best:
         raise Refused("\n".join(refusals))
-    try:
-        aiter_us = times.aiter()
-    except Refused as refused:
-        aiter_us = None
-        refusals.append(f"aiter: {refused}")
-    best = _best(timed, rule=tiles[0])
-    timing = Timing(num_tokens, best, timed[best], aiter_us)
-    return Found(shape, tiles[0], timed.get(tiles[0]), timing, tuple(refusals))
+    return Found(shape, num_tokens, best, chosen, tuple(refusals))
 
 
-def _best(timed: Mapping[Tile, float], rule: Tile) -> Tile:
+def _best(timed: Mapping[Any, float], rule: Any) -> Any:
     best = min(timed, key=timed.__getitem__)
     return rule if rule in timed and timed[rule] <= WORTH_IT * timed[best] else best

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fx_fusion.kernels.qk_norm_rope_cache import reference
 from fx_fusion.kernels.qk_norm_rope_cache.cache_layout import CacheLayout
-from fx_fusion.kernels.qk_norm_rope_cache.examples import SmallProblem
+from fx_fusion.kernels.qk_norm_rope_cache.call import Call, Options, scale_of
 
-Launch = Callable[..., tuple[Tensor, Tensor]]
-"""Called as :func:`fx_fusion.kernels.qk_norm_rope_cache.reference.qk_norm_rope_cache`."""
+Run = Callable[[Call[Tensor]], tuple[Tensor, ...]]
+"""Does a call now: :meth:`fx_fusion.kernels.operation.Implementation.run`."""
 
 
 class Difference(NamedTuple):
@@ -29,29 +30,33 @@ class Difference(NamedTuple):
         return f"{self.result} differs by {self.error:.3g} at {list(self.where)}, where {self.allowed:.3g} is allowed"
 
 
-def compare(launch: Launch, problem: SmallProblem) -> tuple[Difference, ...]:
-    """Run `launch` and the reference, each on caches of its own, and find how far apart their results are."""
-    inputs: list[Any]
-    *inputs, k_cache, v_cache = problem.operands
-    assert k_cache is not None and v_cache is not None
-    own_k, own_v, expected_k, expected_v = k_cache.clone(), v_cache.clone(), k_cache.clone(), v_cache.clone()
-    before = [None if tensor is None else tensor.clone() for tensor in inputs]
-    q_out, k_out = launch(*inputs, own_k, own_v, **problem.options)
+def compare(run: Run, call: Call[Tensor]) -> tuple[Difference, ...]:
+    """Do `call` by `run` and by the reference, each on caches of its own, and find how far apart their results are."""
+    given, expected = _with_own_caches(call), call.map(Tensor.clone)
+    before = call.map(Tensor.clone)
+    q_out, k_out = run(given)
     changed = [
-        Difference("an operand", float("inf"), 0.0, (position,))
-        for position, (old, new) in enumerate(zip(before, inputs, strict=True))
-        if old is not None and new is not None and not torch.equal(old, new)
+        Difference(f"the operand {name}", float("inf"), 0.0, ())
+        for name, old in before.tensors.items()
+        if old is not None and name not in _CACHES and not torch.equal(old, given.tensors[name])  # pyright: ignore[reportArgumentType]
     ]
-    operands: list[Any] = [*before, expected_k, expected_v]
-    expected_q, expected_k_out = reference.qk_norm_rope_cache(*operands, **problem.options)
-    allowed = _allowed(SmallProblem((*before, k_cache, v_cache), problem.options))
+    expected_q, expected_k = reference.qk_norm_rope_cache(expected)
+    allowed = _allowed(before)
     results = (
         ("q_out", q_out, expected_q, allowed.q),
-        *((("k_out", k_out, expected_k_out, allowed.k),) if problem.options["return_k"] else ()),
-        ("k_cache", own_k, expected_k, allowed.k_cache),
-        ("v_cache", own_v, expected_v, allowed.v_cache),
+        *((("k_out", k_out, expected_k, allowed.k),) if call.options.return_k else ()),
+        ("k_cache", given.k_cache, expected.k_cache, allowed.k_cache),
+        ("v_cache", given.v_cache, expected.v_cache, allowed.v_cache),
     )
     return (*changed, *(_furthest(*result) for result in results))
+
+
+_CACHES = ("k_cache", "v_cache")
+
+
+def _with_own_caches(call: Call[Tensor]) -> Call[Tensor]:
+    """The other operands stay where they are: views of one tensor must remain views of it."""
+    return replace(call, k_cache=call.k_cache.clone(), v_cache=call.v_cache.clone())
 
 
 def _furthest(name: str, actual: Tensor, expected: Tensor, allowed: Tensor) -> Difference:
@@ -78,56 +83,55 @@ class _Allowed(NamedTuple):
 _ARITHMETIC = 2.0**-18
 
 
-def _allowed(problem: SmallProblem) -> _Allowed:
+def _allowed(call: Call[Tensor]) -> _Allowed:
     """From the roundings. The reference rounds q and k once. A kernel may round the normalised value before it rotates,
     half a unit in the last place of each lane of the pair, and it rounds the result. No cosine is above one, so each of
     the three is at most half a unit of the sum of the pair. A cache of another dtype may add one unit of its own, where
     two values fall on two sides of a tie; v gets there unrounded, so it may differ only if it is divided.
     """
-    q, k, v, q_weight, k_weight, *_, slots, blocks, k_scale, v_scale, k_cache, v_cache = problem.operands
-    assert q is not None and k is not None and v is not None and slots is not None
-    assert k_cache is not None and v_cache is not None
-    told = problem.options
-    q_allowed = _allowed_rotated(q, q_weight, told["q_eps"], told)
-    k_allowed = _allowed_rotated(k, k_weight, told["k_eps"], told)
-    k_scale = told["k_scale_value"] if k_scale is None else k_scale
-    v_scale = told["v_scale_value"] if v_scale is None else v_scale
-    k_size = _normalised(k, k_weight, told["k_eps"], told)
-    k_stored = _allowed_stored(_pair_sums(k_size, told), k_allowed, k.dtype, k_cache.dtype, k_scale)
+    told, k, v = call.options, call.k, call.v
+    q_allowed = _allowed_rotated(call.q, call.q_weight, told.q_eps, told)
+    k_allowed = _allowed_rotated(k, call.k_weight, told.k_eps, told)
+    k_scale, v_scale = scale_of(call.k_scale, told.k_scale_value), scale_of(call.v_scale, told.v_scale_value)
+    k_size = _normalised(k, call.k_weight, told.k_eps, told)
+    k_stored = _allowed_stored(_pair_sums(k_size, told), k_allowed, k.dtype, call.k_cache.dtype, k_scale)
     v_exact = torch.zeros_like(v, dtype=torch.float32)
-    v_stored = _allowed_stored(v.float().abs(), v_exact, v.dtype, v_cache.dtype, v_scale)
+    v_stored = _allowed_stored(v.float().abs(), v_exact, v.dtype, call.v_cache.dtype, v_scale)
     if v_scale is None:
         v_stored = v_exact
 
     def spread(stored: Tensor, cache: Tensor, layout: CacheLayout) -> Tensor:
         """To where the tokens are stored; nothing may change elsewhere."""
         target = torch.zeros_like(cache, dtype=torch.float32)
-        reference.store(stored, target, layout, slots, blocks, told["skip_negative_slots"])
+        reference.store(stored, target, layout, call.slots, call.blocks, told.skip_negative_slots)
         return target
 
     return _Allowed(
-        q_allowed, k_allowed, spread(k_stored, k_cache, told["k_layout"]), spread(v_stored, v_cache, told["v_layout"])
+        q_allowed,
+        k_allowed,
+        spread(k_stored, call.k_cache, told.k_layout),
+        spread(v_stored, call.v_cache, told.v_layout),
     )
 
 
-def _allowed_rotated(x: Tensor, weight: Tensor | None, eps: float | None, told: dict[str, Any]) -> Tensor:
+def _allowed_rotated(x: Tensor, weight: Tensor | None, eps: float | None, told: Options) -> Tensor:
     info = torch.finfo(x.dtype)
     sums = _pair_sums(_normalised(x, weight, eps, told), told)
     return sums * (3 * info.eps / 2 + _ARITHMETIC) + info.smallest_normal * info.eps
 
 
-def _normalised(x: Tensor, weight: Tensor | None, eps: float | None, told: dict[str, Any]) -> Tensor:
+def _normalised(x: Tensor, weight: Tensor | None, eps: float | None, told: Options) -> Tensor:
     """Magnitudes before the rotation."""
-    one, zero = (torch.full((1, 1, told["rotary_dim"] // 2), value, device=x.device) for value in (1.0, 0.0))
-    y = reference.norm_rope(x, weight, eps, told["gemma_norm"], one, zero, told["rotary_dim"], told["is_neox"])
+    one, zero = (torch.full((1, 1, told.rotary_dim // 2), value, device=x.device) for value in (1.0, 0.0))
+    y = reference.norm_rope(x, weight, eps, told.gemma_norm, one, zero, told.rotary_dim, told.is_neox)
     return y.abs().float()
 
 
-def _pair_sums(y: Tensor, told: dict[str, Any]) -> Tensor:
+def _pair_sums(y: Tensor, told: Options) -> Tensor:
     """In each lane that rotates, the sum of its pair."""
-    turned, rest = y[..., : told["rotary_dim"]], y[..., told["rotary_dim"] :]
-    dim = -2 if told["is_neox"] else -1
-    pairs = turned.unflatten(-1, (2, -1) if told["is_neox"] else (-1, 2))
+    turned, rest = y[..., : told.rotary_dim], y[..., told.rotary_dim :]
+    dim = -2 if told.is_neox else -1
+    pairs = turned.unflatten(-1, (2, -1) if told.is_neox else (-1, 2))
     sums = pairs.sum(dim, keepdim=True).expand_as(pairs).flatten(-2)
     return torch.cat([sums, rest], -1)
 

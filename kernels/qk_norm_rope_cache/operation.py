@@ -1,41 +1,51 @@
-"""The fused operation, ``torch.ops.fx_fusion.qk_norm_rope_cache``: schema, fake, and dispatch to a kernel.
-
-Registered with ``Library.define`` and ``impl``: a ``torch.library.custom_op`` adds about twice as much to a
-call (docs/verification.md).
-"""
+"""The fused operation, ``torch.ops.fx_fusion.qk_norm_rope_cache``, and its entry for people."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fx_fusion.graph.torch_compat import OpOverload
-from fx_fusion.kernels.capture_guard import only_warm
-from fx_fusion.kernels.qk_norm_rope_cache import reference
-from fx_fusion.kernels.qk_norm_rope_cache.aiter import implementation as aiter
-from fx_fusion.kernels.qk_norm_rope_cache.cache_layout import CacheLayout, as_float8
-from fx_fusion.kernels.qk_norm_rope_cache.triton import implementation as triton
+from fx_fusion.kernels.call import to_arguments
+from fx_fusion.kernels.measure import tuned
+from fx_fusion.kernels.operation import Operation
+from fx_fusion.kernels.qk_norm_rope_cache.aiter.implementation import Aiter
+from fx_fusion.kernels.qk_norm_rope_cache.cache_layout import CacheLayout
+from fx_fusion.kernels.qk_norm_rope_cache.call import Call, Options, empty_results, with_typed_caches
+from fx_fusion.kernels.qk_norm_rope_cache.reference import Reference
+from fx_fusion.kernels.qk_norm_rope_cache.shape import shape_of
+from fx_fusion.kernels.qk_norm_rope_cache.triton.implementation import Triton
+from fx_fusion.kernels.target import Target
 
-_LIBRARY = torch.library.Library("fx_fusion", "DEF")
 
-SCHEMA = (
-    "qk_norm_rope_cache(Tensor q, Tensor k, Tensor v, Tensor? q_weight, Tensor? k_weight, Tensor cos, Tensor sin, "
-    "Tensor? positions, Tensor slots, Tensor? blocks, Tensor? k_scale, Tensor? v_scale, Tensor(a!) k_cache, "
-    "Tensor(b!) v_cache, *, SymInt[] k_layout, SymInt[] v_layout, float? k_scale_value, float? v_scale_value, "
-    "float? q_eps, float? k_eps, bool gemma_norm, int rotary_dim, bool is_neox, int[] axes, bool saturate, "
-    "bool skip_negative_slots, bool return_k, str implementation, str? float8=None) -> (Tensor, Tensor)"
+def _measured(call: Call[Tensor], target: Target) -> Mapping[str, float]:
+    """Microseconds of a call like this, of the kernels that were measured on the device that is `target`."""
+    device = torch.device("cuda")
+    here = tuned.machine(device)
+    if here is None or target.name not in (here.architecture, Target.of(device).name):
+        return {}
+    found = tuned.timing(*shape_of(call), device)
+    return found.microseconds if found else {}
+
+
+OPERATION: Operation[Call[Tensor]] = Operation(
+    "qk_norm_rope_cache",
+    Call,
+    Options,
+    "(Tensor, Tensor)",
+    empty=empty_results,
+    decode=with_typed_caches,
+    measured=_measured,
 )
 
-_LIBRARY.define(SCHEMA, tags=(torch.Tag.needs_exact_strides,))
-
-_KERNELS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
-    "reference": reference.qk_norm_rope_cache,
-    "triton": triton.qk_norm_rope_cache,
-    "aiter": aiter.qk_norm_rope_cache,
-}
+# In the order in which `auto` prefers them where nothing was measured. Triton comes first: on an H200, aiter's
+# geometry, ported, took 1.3 to 4 times as long at every number of tokens from 1 to 16384; and our call of aiter
+# launches more kernels, for indices that count from the end. On AMD nothing was measured: ``python -m fx_fusion tune``
+# does, and what it finds goes before this order.
+for _implementation in (Triton(), Aiter(), Reference()):
+    OPERATION.register(_implementation)
 
 
 def qk_norm_rope_cache(
@@ -64,7 +74,7 @@ def qk_norm_rope_cache(
     skip_negative_slots: bool = False,
     return_k: bool = False,
     implementation: str = "reference",
-    float8: str | None = None,
+    **others: Any,
 ) -> tuple[Tensor, Tensor]:
     """Normalise and rotate every head of q and k, and store k and v in their caches, in one call.
 
@@ -94,8 +104,8 @@ def qk_norm_rope_cache(
             infinity), which is what ``Tensor.to`` gives.
         skip_negative_slots: a negative slot stores nothing; else it counts from the end, as in PyTorch.
         return_k: also return the rotated k, for every token.
-        implementation: which kernel runs: ``"reference"`` or ``"triton"``.
-        float8: what the bytes of caches are, ``"float8_e4m3fn"`` for example, if their dtype does not say so (uint8).
+        implementation: which kernel runs: ``"reference"``, ``"triton"``, ``"aiter"``, or one that was registered.
+        others: options that have a default: see :class:`fx_fusion.kernels.qk_norm_rope_cache.call.Options`.
 
     An index outside its table or cache: the reference raises ``IndexError`` (on a GPU, a device-side assertion). The
     Triton kernel reads and writes nothing there: such a slot stores nothing, such a position gives NaN in the lanes
@@ -108,45 +118,16 @@ def qk_norm_rope_cache(
         q rotated, [B, S, Hq, D] contiguous in q's dtype, and k rotated, [B, S, Hk, D] (empty without `return_k`).
         Both are rounded once, from float32.
     """
-    k_tensor, k_number = _scale(k_scale)
-    v_tensor, v_number = _scale(v_scale)
-    return OVERLOAD(
+    (k_tensor, k_number), (v_tensor, v_number) = map(_scale, (k_scale, v_scale))
+    options = Options(
+        CacheLayout.of(k_cache, "k_cache"), CacheLayout.of(v_cache, "v_cache"), k_number, v_number, q_eps, k_eps,
+        gemma_norm, rotary_dim, is_neox, tuple(axes), saturate, skip_negative_slots, return_k, **others,
+    )  # fmt: skip
+    return OPERATION.overload(
         q, k, v, q_weight, k_weight, cos, sin, positions, slots, blocks, k_tensor, v_tensor, k_cache, v_cache,
-        k_layout=CacheLayout.of(k_cache, "k_cache"), v_layout=CacheLayout.of(v_cache, "v_cache"),
-        k_scale_value=k_number, v_scale_value=v_number, q_eps=q_eps, k_eps=k_eps, gemma_norm=gemma_norm,
-        rotary_dim=rotary_dim, is_neox=is_neox, axes=axes, saturate=saturate, skip_negative_slots=skip_negative_slots,
-        return_k=return_k, implementation=implementation, float8=float8,
+        **to_arguments(options), implementation=implementation,
     )  # fmt: skip
 
 
 def _scale(scale: Tensor | float | None) -> tuple[Tensor | None, float | None]:
     return (scale, None) if isinstance(scale, Tensor) else (None, scale)
-
-
-def run(
-    *operands: Any,
-    k_layout: Sequence[int],
-    v_layout: Sequence[int],
-    implementation: str,
-    float8: str | None = None,
-    **options: Any,
-) -> tuple[Tensor, Tensor]:
-    if implementation not in _KERNELS:
-        raise ValueError(
-            f"qk_norm_rope_cache: implementation must be one of {sorted(_KERNELS)}, got {implementation!r}"
-        )
-    layouts = {"k_layout": CacheLayout(*k_layout), "v_layout": CacheLayout(*v_layout)}
-    *rest, k_cache, v_cache = operands
-    caches = (as_float8(k_cache, float8), as_float8(v_cache, float8))
-    with only_warm(f"the kernel {implementation}"):
-        return _KERNELS[implementation](*rest, *caches, **layouts, **options)
-
-
-def _fake(q: Tensor, k: Tensor, *_: Tensor | None, return_k: bool, **__: object) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape if return_k else (0,))
-
-
-_LIBRARY.impl("qk_norm_rope_cache", run, "CompositeExplicitAutograd")
-torch.library.register_fake("fx_fusion::qk_norm_rope_cache", _fake, lib=_LIBRARY)
-
-OVERLOAD: OpOverload = torch.ops.fx_fusion.qk_norm_rope_cache.default

@@ -7,56 +7,43 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fx_fusion.kernels.operation import Implementation
 from fx_fusion.kernels.qk_norm_rope_cache.cache_layout import CacheLayout
+from fx_fusion.kernels.qk_norm_rope_cache.call import Call, scale_of
 
 
-def qk_norm_rope_cache(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor | None,
-    slots: Tensor,
-    blocks: Tensor | None,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    *,
-    k_layout: CacheLayout,
-    v_layout: CacheLayout,
-    k_scale_value: float | None,
-    v_scale_value: float | None,
-    q_eps: float | None,
-    k_eps: float | None,
-    gemma_norm: bool,
-    rotary_dim: int,
-    is_neox: bool,
-    axes: Sequence[int],
-    saturate: bool,
-    skip_negative_slots: bool,
-    return_k: bool,
-) -> tuple[Tensor, Tensor]:
-    """See :func:`fx_fusion.qk_norm_rope_cache` for shapes."""
-    if positions is not None:
-        cos = look_up(cos, positions, axes, rotary_dim, is_neox)
-        sin = look_up(sin, positions, axes, rotary_dim, is_neox)
-    rotated_q = norm_rope(q, q_weight, q_eps, gemma_norm, cos, sin, rotary_dim, is_neox)
-    rotated_k = norm_rope(k, k_weight, k_eps, gemma_norm, cos, sin, rotary_dim, is_neox)
-    q_out = rotated_q.to(q.dtype).contiguous()
-    k_out = rotated_k.to(k.dtype).contiguous()
-    k_stored = to_cache(k_out, k_cache.dtype, k_scale if k_scale is not None else k_scale_value, saturate)
-    v_stored = to_cache(v, v_cache.dtype, v_scale if v_scale is not None else v_scale_value, saturate)
-    store(k_stored, k_cache, k_layout, slots, blocks, skip_negative_slots)
-    store(v_stored, v_cache, v_layout, slots, blocks, skip_negative_slots)
-    return q_out, k_out if return_k else k_out.new_empty(0)
+def qk_norm_rope_cache(call: Call[Tensor]) -> tuple[Tensor, Tensor]:
+    """Store k and v in the caches of `call`; see :func:`fx_fusion.qk_norm_rope_cache` for shapes.
+
+    Returns:
+        q rotated, and k rotated (empty without ``return_k``).
+    """
+    told, cos, sin = call.options, call.cos, call.sin
+    if call.positions is not None:
+        cos, sin = (look_up(rows, call.positions, told.axes, told.rotary_dim, told.is_neox) for rows in (cos, sin))
+    rotation = (told.gemma_norm, cos, sin, told.rotary_dim, told.is_neox)
+    q_out = norm_rope(call.q, call.q_weight, told.q_eps, *rotation).to(call.q.dtype).contiguous()
+    k_out = norm_rope(call.k, call.k_weight, told.k_eps, *rotation).to(call.k.dtype).contiguous()
+    k_stored = to_cache(k_out, call.k_cache.dtype, scale_of(call.k_scale, told.k_scale_value), told.saturate)
+    v_stored = to_cache(call.v, call.v_cache.dtype, scale_of(call.v_scale, told.v_scale_value), told.saturate)
+    store(k_stored, call.k_cache, told.k_layout, call.slots, call.blocks, told.skip_negative_slots)
+    store(v_stored, call.v_cache, told.v_layout, call.slots, call.blocks, told.skip_negative_slots)
+    return q_out, k_out if told.return_k else k_out.new_empty(0)
+
+
+class Reference(Implementation[Call[Tensor]]):
+    """Nothing about it is fast, so ``auto`` never chooses it."""
+
+    name = "reference"
+    fast = False
+
+    def run(self, call: Call[Tensor], setting: Any = None) -> tuple[Tensor, ...]:
+        return qk_norm_rope_cache(call)
 
 
 def norm_rope(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fx_fusion.kernels.qk_norm_rope_cache.cache_layout import CacheLayout
+from fx_fusion.kernels.qk_norm_rope_cache.call import Call
 
 
 class Nesting(NamedTuple):
@@ -73,7 +75,11 @@ def _strides(layout: CacheLayout) -> list[tuple[str, int]]:
     return [(dim, int(getattr(layout, name))) for dim, name in _STRIDES.items()]
 
 
-class Signature(NamedTuple):
+#: Options of which only the kind matters, or the way in which they lie in memory.
+_APART = ("k_layout", "v_layout", "k_scale_value", "v_scale_value")
+
+
+class Specialization(NamedTuple):
     """What may select other code in a kernel."""
 
     device: torch.device
@@ -96,27 +102,24 @@ class Signature(NamedTuple):
     """All that is told by value and is no scale and no layout."""
 
     @staticmethod
-    def of(*operands: Tensor | None, k_layout: CacheLayout, v_layout: CacheLayout, **options: Any) -> Signature:
-        """Of a call of :func:`fx_fusion.kernels.qk_norm_rope_cache.reference.qk_norm_rope_cache`."""
-        q, _, _, q_weight, k_weight, cos, _, positions, slots, blocks, k_scale, v_scale, k_cache, v_cache = operands
-        assert q is not None and cos is not None and slots is not None and k_cache is not None and v_cache is not None
-        numbers = options.pop("k_scale_value"), options.pop("v_scale_value")
-        options["axes"] = tuple(options["axes"])
-        return Signature(
-            device=q.device,
-            dtype=q.dtype,
-            cache_dtypes=(k_cache.dtype, v_cache.dtype),
-            weight_dtypes=(_dtype(q_weight), _dtype(k_weight)),
-            angle_dtype=cos.dtype,
-            angle_per_lane=cos.shape[-1] == options["rotary_dim"],
-            num_axes=0 if positions is None else positions.shape[0],
-            index_dtypes=(_dtype(positions), slots.dtype, _dtype(blocks)),
-            block_size=None if blocks is None else int(k_layout.block_size),
-            per_sequence_cache=blocks is None and k_layout.num_blocks != 1,
-            nestings=(Nesting.of(k_layout), Nesting.of(v_layout)),
-            head_dim=q.shape[-1],
-            scales=(_kind(k_scale, numbers[0]), _kind(v_scale, numbers[1])),
-            options=tuple(sorted(options.items())),
+    def of(call: Call[Tensor]) -> Specialization:
+        told = call.options
+        by_value = {field.name: getattr(told, field.name) for field in fields(told) if field.name not in _APART}
+        return Specialization(
+            device=call.q.device,
+            dtype=call.q.dtype,
+            cache_dtypes=(call.k_cache.dtype, call.v_cache.dtype),
+            weight_dtypes=(_dtype(call.q_weight), _dtype(call.k_weight)),
+            angle_dtype=call.cos.dtype,
+            angle_per_lane=call.cos.shape[-1] == told.rotary_dim,
+            num_axes=0 if call.positions is None else call.positions.shape[0],
+            index_dtypes=(_dtype(call.positions), call.slots.dtype, _dtype(call.blocks)),
+            block_size=None if call.blocks is None else int(told.k_layout.block_size),
+            per_sequence_cache=call.blocks is None and told.k_layout.num_blocks != 1,
+            nestings=(Nesting.of(told.k_layout), Nesting.of(told.v_layout)),
+            head_dim=call.q.shape[-1],
+            scales=(_kind(call.k_scale, told.k_scale_value), _kind(call.v_scale, told.v_scale_value)),
+            options=tuple(sorted(by_value.items())),
         )
 
     def __str__(self) -> str:

@@ -26,9 +26,9 @@ from fx_fusion.graph.paths import (
     Branch,
     Rotations,
     branch_between,
-    branch_key,
     data_cuts,
     is_moved_from,
+    numbered_branch,
     rows_of_tokens,
 )
 from fx_fusion.graph.store_site import Store, find_stores, pair_stores, tell_key_from_value
@@ -47,6 +47,7 @@ from fx_fusion.patterns.qk_norm_rope_cache.cache_store.stored import (
     shared_slots,
 )
 from fx_fusion.proof.certificate import CODES as CERTIFICATE_CODES
+from fx_fusion.proof.evidence import Evidence, Sampled, weakest
 from fx_fusion.proof.region_function import Frontier, find_leaves
 
 #: Where the data of a branch may begin is tried at this many places, the earliest first.
@@ -82,7 +83,7 @@ class Match:
     saturate: bool
     grid: tuple[int | torch.SymInt, int | torch.SymInt]
     return_k: bool
-    error: float
+    evidence: Evidence
 
     @property
     def scales(self) -> list[Node]:
@@ -160,7 +161,7 @@ def read(facts: Facts, candidate: Candidate, memo: Memo) -> Match:
         saturate=bool(stored_key.saturate or stored_value.saturate),
         grid=_symbolic_grid(key, key_heads),
         return_k=_used_fresh(facts, key.out, key_store),
-        error=max(query_heads.error, key_heads.error),
+        evidence=weakest([each.evidence for each in (query_heads, key_heads) if each.evidence is not None]),
     )
 
 
@@ -239,23 +240,31 @@ def _furthest(attempts: Iterator[Attempt]) -> tuple[Branch, RotatedHeads]:
 def _memoised(facts: Facts, branch: Branch, memo: Memo) -> RotatedHeads:
     """Equal branches are measured once: the key holds all that reading and proof depend on.
 
-    That includes the way from the origins of the frontier, the furthest that any reading looks back, to the branch.
+    That includes the way from the origins of the frontier, the furthest that any reading looks back, to the branch;
+    what the key numbers alike corresponds.
     """
     with reaching("operands"):
         taken = find_leaves(branch)
-    leaves = tuple(dict.fromkeys(leaf for each in taken.values() for leaf in each))
-    key = branch_key(branch, taken[Frontier.PARTS])
+    key, nodes = numbered_branch(branch, taken[Frontier.PARTS])
     if key not in memo:
         try:
-            memo[key] = (read_rotated_heads(branch, facts.sizes), leaves)
+            memo[key] = (read_rotated_heads(branch, facts.sizes), nodes)
         except Decline as decline:
             memo[key] = decline
     known = memo[key]
     if isinstance(known, Decline):
-        nodes = [branch.out] if known.nodes and known.nodes[0] not in branch.nodes else known.nodes
-        raise Decline(known.code, known.found, nodes, known.reached)
-    heads, its_leaves = known
-    return heads.on(dict(zip(its_leaves, leaves, strict=True)))
+        at = [branch.out] if known.nodes and known.nodes[0] not in branch.nodes else known.nodes
+        raise Decline(known.code, known.found, at, known.reached)
+    heads, its_nodes = known
+    heads = heads.on(dict(zip(its_nodes, nodes, strict=True)))
+    return replace(heads, evidence=_in(branch, heads.evidence))
+
+
+def _in(branch: Branch, evidence: Evidence | None) -> Evidence | None:
+    """Of an equal branch, pointing into this one."""
+    if isinstance(evidence, Sampled) and not set(evidence.nodes) <= set(branch.nodes):
+        return replace(evidence, nodes=(branch.out,))
+    return evidence
 
 
 def _check_escapes(facts: Facts, branch: Branch) -> None:

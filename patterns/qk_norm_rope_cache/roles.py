@@ -10,7 +10,7 @@ from fx_fusion.fusion import NodeRole as Part
 from fx_fusion.graph import operations as opset
 from fx_fusion.graph.analysis import Facts
 from fx_fusion.graph.paths import Branch
-from fx_fusion.kernels.target import mrope_section
+from fx_fusion.kernels.qk_norm_rope_cache.mrope import mrope_section
 from fx_fusion.patterns.qk_norm_rope_cache.branch.rotated_heads import RotatedHeads
 from fx_fusion.patterns.qk_norm_rope_cache.branch.split import Heads
 from fx_fusion.patterns.qk_norm_rope_cache.branch.table_lookup import Lookup

@@ -6,8 +6,8 @@ import ast
 import itertools
 import linecache
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,11 +15,11 @@ from torch.fx import Node
 
 from fx_fusion.decline import frames, source_line
 from fx_fusion.graph.analysis import Facts
-from fx_fusion.patterns.qk_norm_rope_cache.branch.rope import Lanes
+from fx_fusion.graph.operations import aten
+from fx_fusion.kernels.call import changed_defaults
+from fx_fusion.kernels.qk_norm_rope_cache.call import Call, scale_of
 from fx_fusion.patterns.qk_norm_rope_cache.branch.rotated_heads import RotatedHeads
-from fx_fusion.patterns.qk_norm_rope_cache.branch.split import Heads
-from fx_fusion.patterns.qk_norm_rope_cache.cache_store.addresses import Index
-from fx_fusion.patterns.qk_norm_rope_cache.lower import _options as call_options
+from fx_fusion.patterns.qk_norm_rope_cache.lower import lower
 from fx_fusion.patterns.qk_norm_rope_cache.match import Match, Stored
 from fx_fusion.patterns.qk_norm_rope_cache.roles import parts
 
@@ -138,7 +138,8 @@ def function(name: str, match: Match, labels: Mapping[Node, str], implementation
     documented = [f"        {operand.name}: {operand.words}" for operand in given]
     if per_batch:
         documented.append(f"        batch: number of sequences ({match.grid[0]} as traced)")
-    arguments = [*_tensor_arguments(match, names, batch), *_options(match, names, implementation)]
+    call = lower(match, SourceEmitter(names), (batch, "-1"))
+    arguments = [*_tensor_arguments(match, names, call), *_options(call, implementation)]
     lines = [
         f"def {name}({', '.join(parameters)}):",
         '    """Split, RMSNorm, rotation and cache store in one call. The caches are written in place.',
@@ -154,70 +155,74 @@ def function(name: str, match: Match, labels: Mapping[Node, str], implementation
     return "\n".join(lines) + "\n"
 
 
-def _tensor_arguments(match: Match, names: Mapping[Node, str], batch: str) -> Iterator[str]:
-    query, key, value = match.query_heads, match.key_heads, match.value_store
-    for name, data, heads in (
-        ("q", match.query.data, query.heads), ("k", match.key.data, key.heads), ("v", value.data, value.heads),
-    ):  # fmt: skip
-        yield f"{name}={_heads(names[data], heads, batch)}"
-    for name, norm in (("q_weight", query.norm), ("k_weight", key.norm)):
-        yield f"{name}={names[norm.weight] if norm.weight is not None else None}"
-    yield from _angle_arguments(match, names, batch)
-    addresses = match.key_store.addresses
-    yield f"slots={_index(names, match.slots, batch)}"
-    yield f"blocks={_index(names, addresses.blocks, batch) if addresses.blocks else None}"
-    for name, stored in (("k_cache", match.key_store), ("v_cache", match.value_store)):
-        yield f"{name}={_cache(names[stored.store.cache], stored)}"
+@dataclass(frozen=True)
+class _Expression:
+    """Source text of a value, and slices of it that are still to be written."""
+
+    code: str
+    picked: Mapping[int, str] = field(default_factory=dict[int, str])
+
+    def __str__(self) -> str:
+        if not self.picked:
+            return self.code
+        last = max(self.picked)
+        return f"{self.code}[{', '.join(self.picked.get(dim, ':') for dim in range(last + 1))}]"
 
 
-def _heads(name: str, heads: Heads, batch: str) -> str:
-    """[batch, tokens, num_heads, head_dim] of the projection's output."""
-    first, offset = divmod(heads.offset, heads.stride)
-    if heads.width % heads.stride == 0 and offset + heads.head_dim <= heads.stride:
-        rows = f"{name}.reshape({batch}, -1, {heads.width // heads.stride}, {heads.stride})"
-        picked = _slice(first, heads.num_heads, heads.width // heads.stride)
-        lanes = _slice(offset, heads.head_dim, heads.stride)
-    else:
-        span = heads.num_heads * heads.stride
-        columns = _slice(heads.offset, span, heads.width)
-        rows = f"{name}.reshape({batch}, -1, {heads.width})[..., {columns}].unflatten(-1, ({heads.num_heads}, -1))"
-        picked, lanes = ":", _slice(0, heads.head_dim, heads.stride)
-    if lanes != ":":
-        return f"{rows}[:, :, {picked}, {lanes}]"
-    return rows if picked == ":" else f"{rows}[:, :, {picked}]"
+class SourceEmitter:
+    """Writes each step as the PyTorch that a person would write. What it cannot write, :func:`unwritable` tells."""
+
+    def __init__(self, names: Mapping[Node, str]) -> None:
+        self._names = names
+
+    def of(self, node: Node) -> _Expression:
+        return _Expression(self._names.get(node, node.name))
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> _Expression:
+        source, *rest = args
+        return _WRITTEN[target](source, *rest)
+
+    def size(self, size: Any) -> Any:
+        return size if isinstance(size, str) else _numbers([size])[0]
+
+    def has_shape(self, value: _Expression, shape: Sequence[Any]) -> bool:
+        """Of caches, which are written as they lie; what has tokens is always brought into its grid."""
+        return not any(isinstance(size, str) for size in shape)
 
 
-def _slice(start: int, length: int, extent: int, step: int = 1) -> str:
-    if (start, length, step) == (0, extent, 1):
-        return ":"
-    stop = start + step * (length - 1) + 1
-    return f"{start or ''}:{stop}" + (f":{step}" if step != 1 else "")
+def _reshaped(source: _Expression, shape: Sequence[Any]) -> _Expression:
+    sizes = [size if isinstance(size, str) else str(_numbers([size])[0]) for size in shape]
+    return _Expression(f"{source}.reshape({', '.join(sizes)})")
 
 
-def _angle_arguments(match: Match, names: Mapping[Node, str], batch: str) -> Iterator[str]:
-    lookup, rope = match.lookup, match.rope
-    if lookup is None:
-        for name, lanes in (("cos", rope.cos), ("sin", rope.sin)):
-            yield f"{name}={_rows(names[lanes.leaf], lanes, batch)}"
-        yield "positions=None"
-        return
-    for name, columns in (("cos", lookup.cos), ("sin", lookup.sin)):
-        width = int(columns.table.meta["val"].shape[1])
-        picked = _slice(columns.offset, columns.count, width, columns.step)
-        yield f"{name}={names[columns.table]}" + ("" if picked == ":" else f"[:, {picked}]")
-    sequences = batch if lookup.per_batch else "1"
-    yield f"positions={names[lookup.positions]}.reshape({lookup.num_axes}, {sequences}, -1)"
+def _sliced(source: _Expression, dim: int, start: int, stop: int, step: int) -> _Expression:
+    words = f"{start or ''}:{stop}" + (f":{step}" if step != 1 else "")
+    return replace(source, picked={**source.picked, dim: words})
 
 
-def _rows(name: str, lanes: Lanes, batch: str) -> str:
-    picked = _slice(lanes.offset, lanes.count, lanes.width, lanes.step)
-    rows = f"{name}.reshape({batch if lanes.per_batch else '1'}, -1, {lanes.width})"
-    return rows if picked == ":" else f"{rows}[..., {picked}]"
+def _as_real(source: _Expression) -> _Expression:
+    return _Expression(f"torch.view_as_real({source})")
 
 
-def _index(names: Mapping[Node, str], index: Index, batch: str) -> str:
-    assert index.node is not None, "see unwritable"
-    return f"{names[index.node]}.reshape({batch if index.per_batch else '1'}, -1)"
+def _resolved(source: _Expression) -> _Expression:
+    return _Expression(f"{source}.resolve_conj()")
+
+
+_WRITTEN: Mapping[Any, Callable[..., _Expression]] = {
+    aten.reshape.default: _reshaped,
+    aten.slice.Tensor: _sliced,
+    aten.view_as_real.default: _as_real,
+    aten.resolve_conj.default: _resolved,
+}
+
+
+def _tensor_arguments(match: Match, names: Mapping[Node, str], call: Call[_Expression]) -> Iterator[str]:
+    stored = {"k_cache": match.key_store, "v_cache": match.value_store}
+    for name, expression in call.tensors.items():
+        if name in stored:
+            yield f"{name}={_cache(names[stored[name].store.cache], stored[name])}"
+        elif name not in ("k_scale", "v_scale"):
+            yield f"{name}={expression}"
 
 
 def _cache(name: str, stored: Stored) -> str:
@@ -252,18 +257,19 @@ def _numbers(sizes: Iterable[Any]) -> list[int]:
     return [size if isinstance(size, int) else int(size.node.hint) for size in sizes]
 
 
-def _options(match: Match, names: Mapping[Node, str], implementation: str) -> Iterator[str]:
-    told = call_options(match)
+def _options(call: Call[_Expression], implementation: str) -> Iterator[str]:
+    told = call.options
     for name in ("q_eps", "k_eps", "gemma_norm", "rotary_dim", "is_neox"):
-        yield f"{name}={told[name]!r}"
-    yield f"axes={written_axes(told['axes'])}"
-    for name, scale in (("k_scale", match.key_store.scale), ("v_scale", match.value_store.scale)):
-        if scale is not None:
-            yield f"{name}={names[scale] if isinstance(scale, Node) else repr(scale)}"
-    for name in ("saturate", "skip_negative_slots"):
-        if told[name]:
-            yield f"{name}=True"
-    yield f"return_k={match.return_k}"
+        yield f"{name}={getattr(told, name)!r}"
+    yield f"axes={written_axes(told.axes)}"
+    scales = {
+        "k_scale": scale_of(call.k_scale, told.k_scale_value),
+        "v_scale": scale_of(call.v_scale, told.v_scale_value),
+    }
+    yield from (f"{name}={scale}" for name, scale in scales.items() if scale is not None)
+    yield from (f"{name}=True" for name in ("saturate", "skip_negative_slots") if getattr(told, name))
+    yield from (f"{name}={value!r}" for name, (_, value) in changed_defaults(told).items())
+    yield f"return_k={told.return_k}"
     yield f'implementation="{implementation}"'
 
 

@@ -10,7 +10,7 @@ import torch
 from launches.problem import Variant, prepare
 
 from amdgcn.aot import WAVE_SIZES, Binary, compile_kernel
-from fx_fusion.kernels.qk_norm_rope_cache.triton.implementation import kernel
+from fx_fusion.kernels.qk_norm_rope_cache.triton.launch import kernel
 
 # Bytes a lane: of CDNA's names, then of RDNA's.
 WIDTHS = {

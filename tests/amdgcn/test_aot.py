@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="compiles Triton kernels")
 from launches.problem import Variant, prepare
 
 from amdgcn.aot import WAVE_SIZES, compile_kernel
-from fx_fusion.kernels.qk_norm_rope_cache.triton.implementation import kernel
+from fx_fusion.kernels.qk_norm_rope_cache.triton.launch import kernel
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2)
 

@@ -13,7 +13,7 @@ from launches.problem import Variant, prepare
 
 from amdgcn.aot import CDNA, compile_kernel
 from amdgcn.execute import execute
-from fx_fusion.kernels.qk_norm_rope_cache.triton.implementation import kernel
+from fx_fusion.kernels.qk_norm_rope_cache.triton.launch import kernel
 
 # What a masked access of Triton's asks for: an offset that is out of every buffer's range.
 MASKED = 0x80000000

@@ -14,7 +14,7 @@ from amdgcn.aot import compile_kernel
 from amdgcn.execute import execute
 from amdgcn.simulator import Unsupported, assembly, machine
 from amdgcn.single import run
-from fx_fusion.kernels.qk_norm_rope_cache.triton.implementation import kernel
+from fx_fusion.kernels.qk_norm_rope_cache.triton.launch import kernel
 
 UNKNOWN = {
     "v_frobnicate_b32 v0, v1": "unknown instruction",

@@ -22,7 +22,7 @@ from launches.catalogue import VARIANTS
 from launches.checks import check, snapshot
 from launches.problem import Variant, prepare
 
-from fx_fusion.kernels.qk_norm_rope_cache.triton import implementation as triton
+from fx_fusion.kernels.qk_norm_rope_cache.triton.launch import kernel
 
 
 def in_float32(variant: Variant) -> Variant | None:
@@ -34,14 +34,14 @@ def in_float32(variant: Variant) -> Variant | None:
 
 
 def main() -> int:
-    kernel, failed, ran = triton.kernel(), [], 0
+    program, failed, ran = kernel(), [], 0
     for name, variant in VARIANTS.items():
         wide = in_float32(variant)
         if wide is None:
             continue
         prepared = prepare(wide)
         before = snapshot(prepared)
-        kernel[prepared.grid](**prepared.arguments(kernel), num_warps=1)
+        program[prepared.grid](**prepared.arguments(program), num_warps=1)
         ran += 1
         try:
             check(prepared, before)

@@ -15,7 +15,8 @@ from fx_fusion.kernels.capture_guard import FirstUseInCapture
 from fx_fusion.kernels.qk_norm_rope_cache import self_check
 from fx_fusion.kernels.qk_norm_rope_cache.aiter import arguments as aiter_arguments
 from fx_fusion.kernels.qk_norm_rope_cache.aiter import implementation as aiter
-from fx_fusion.kernels.target import Problem, Target
+from fx_fusion.kernels.qk_norm_rope_cache.operation import OPERATION
+from fx_fusion.kernels.target import Target
 
 HEADS, KV_HEADS, ROWS, BLOCKS, BLOCK_SIZE = 5, 2, 50, 4, 16
 INTERLEAVED, SECTIONED, ONE_AXIS = "interleaved", "sectioned", "one axis"
@@ -344,7 +345,7 @@ def test_inductor_passes_views_of_the_projection(install):
 # --- the check ----------------------------------------------------------------------------------------------------
 
 
-def test_is_made_once_for_each_signature(install):
+def test_is_made_once_for_each_specialization(install):
     module = install(Aiter())
     for _ in range(3):
         Case().run("aiter")
@@ -489,12 +490,12 @@ def test_triton_serves_where_it_runs(install, monkeypatch):
     install(stand_in.OffByOneSlot())
     served = []
 
-    def kernel(*operands, **options):
-        served.append(options)
-        return fx_fusion.kernels.qk_norm_rope_cache.reference.qk_norm_rope_cache(*operands, **options)
+    def kernel(call):
+        served.append(call)
+        return fx_fusion.kernels.qk_norm_rope_cache.reference.qk_norm_rope_cache(call)
 
-    monkeypatch.setattr(aiter.triton, "unavailable", lambda target: None)
-    monkeypatch.setattr(aiter.triton, "qk_norm_rope_cache", kernel)
+    monkeypatch.setattr(aiter.triton.Triton, "unavailable", lambda self, target: None)
+    monkeypatch.setattr(aiter.triton, "launch", kernel)
     assert_fallback_served(Case())
     assert len(served) == 1
 
@@ -516,30 +517,33 @@ def test_checks_any_kernel():
     """Operands that aiter does not take: rows of angles, separate scales on the device, a cache for each sequence."""
     from fx_fusion.kernels.qk_norm_rope_cache import reference
     from fx_fusion.kernels.qk_norm_rope_cache.cache_layout import CacheLayout
-    from fx_fusion.kernels.qk_norm_rope_cache.specialization import Signature
+    from fx_fusion.kernels.qk_norm_rope_cache.call import Call, Options
+    from fx_fusion.kernels.qk_norm_rope_cache.specialization import Specialization
 
     q, kv = torch.randn(2, 3, 5, 48), torch.randn(2, 3, 2, 48)
     cos = torch.randn(2, 3, 24)
     cache = torch.zeros(2, 9, 2, 48, dtype=torch.float8_e5m2)
     layout = CacheLayout.of(cache.transpose(1, 2).contiguous().transpose(1, 2))
     scale = torch.ones(1)
-    signature = Signature.of(
-        q, kv, kv, None, None, cos, cos, None, torch.arange(3)[None], None, scale, None, cache, cache,
+    options = Options(
         k_layout=layout, v_layout=layout, k_scale_value=None, v_scale_value=2.0, q_eps=None, k_eps=1e-6,
-        gemma_norm=False, rotary_dim=24, is_neox=False, axes=[0] * 12, saturate=True, skip_negative_slots=False,
+        gemma_norm=False, rotary_dim=24, is_neox=False, axes=(0,) * 12, saturate=True, skip_negative_slots=False,
         return_k=True,
     )  # fmt: skip
+    slots = torch.arange(3)[None]
+    call = Call(q, kv, kv, None, None, cos, cos, None, slots, None, scale, None, cache, cache, options)
+    specialization = Specialization.of(call)
     # A default device is no business of the check's.
     with torch.device("meta"):
-        assert self_check.verdict("itself", reference.qk_norm_rope_cache, signature).reason is None
+        assert self_check.verdict("itself", reference.qk_norm_rope_cache, specialization).reason is None
 
     @functools.wraps(reference.qk_norm_rope_cache)
-    def wrong(*operands, **options):
-        q_out, k_out = reference.qk_norm_rope_cache(*operands, **options)
+    def wrong(call):
+        q_out, k_out = reference.qk_norm_rope_cache(call)
         k_out[1, 1, 1, 1] += 0.01
         return q_out, k_out
 
-    verdict = self_check.verdict("wrong", wrong, signature)
+    verdict = self_check.verdict("wrong", wrong, specialization)
     assert "k_out differs by 0.01 at [1, 1, 1, 1]" in verdict.reason
 
 
@@ -637,6 +641,11 @@ def an_angle_for_every_lane(case):
     case.cos, case.sin = torch.randn(2, ROWS, 64).bfloat16()
 
 
+def an_angle_for_every_lane_side_by_side(case):
+    """Halves of one table, of twice the width."""
+    case.cos, case.sin = torch.randn(ROWS, 128).bfloat16().chunk(2, -1)
+
+
 def rows_of_angles(case):
     case.positions, (case.cos, case.sin) = None, torch.randn(2, 2, 3, 32).bfloat16()
 
@@ -675,6 +684,7 @@ REFUSED = [
     (sine_first, "argument cos_sin (sin): expected storage offset 64, next to what precedes it, found 0"),
     (wide_table, "argument cos_sin (cos): expected strides (64, 1), as in one contiguous tensor, found (100, 1)"),
     (an_angle_for_every_lane, "argument cos_sin: expected one table"),
+    (an_angle_for_every_lane_side_by_side, "argument cos_sin: expected one table"),
     (rows_of_angles, "argument cos_sin: expected one table"),
     (change(positions=lambda p: p.int()), "argument positions: expected int64, found torch.int32"),
     (change(positions=lambda p: p[:2], axes=[0] * 32), "argument positions: expected 1 or 3 axes, found 2"),
@@ -744,7 +754,7 @@ def test_refuses_slots_alone_in_the_shuffle_layout(install):
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (lambda v: v.half(), "the dtype of k_cache, torch.bfloat16, found torch.float16"),
+        (lambda v: v.half(), "the dtype of k_cache, found torch.float16"),
         (lambda v: v[:3], "the blocks of k_cache"),
         (lambda v: shuffled(torch.bfloat16, 64)[1][1], "the shuffle layout of k_cache, False, found True"),
     ],
@@ -785,10 +795,8 @@ def test_serves_where_it_is_installed(monkeypatch):
     """By its name; tests/test_dispatch.py has what `auto` prefers."""
     import test_aiter_contract
 
-    from fx_fusion.kernels import dispatch
-
-    served: Problem = test_aiter_contract.SERVED
+    served = test_aiter_contract.served()
     monkeypatch.setattr(aiter, "installed", lambda: None)
-    assert aiter.unavailable(Target("gfx942")) is None
-    assert dispatch.choose("aiter", served, Target("gfx942")) == "aiter"
-    assert dispatch.choose("aiter", served, Target("hip")) == "aiter"
+    assert aiter.Aiter().unavailable(Target("gfx942")) is None
+    assert OPERATION.choose("aiter", served, Target("gfx942")) == "aiter"
+    assert OPERATION.choose("aiter", served, Target("hip")) == "aiter"

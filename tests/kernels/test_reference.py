@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fx_fusion
-from fx_fusion.kernels.qk_norm_rope_cache import operation as op
 from fx_fusion.kernels.qk_norm_rope_cache.cache_layout import CacheLayout
+from fx_fusion.kernels.qk_norm_rope_cache.operation import OPERATION
 
 
 def oracle_head(x, weight, eps, gemma, cos, sin, rotary_dim, is_neox):
@@ -149,7 +149,9 @@ def test_opcheck(return_k, blocks):
     *operands, k_cache, v_cache = arguments
     layouts = {"k_layout": CacheLayout.of(k_cache), "v_layout": CacheLayout.of(v_cache)}
     fixed = {"k_scale_value": None, "v_scale_value": None, "saturate": False, "implementation": "reference"}
-    torch.library.opcheck(op.OVERLOAD, (*operands, None, None, k_cache, v_cache), {**options, **layouts, **fixed})
+    torch.library.opcheck(
+        OPERATION.overload, (*operands, None, None, k_cache, v_cache), {**options, **layouts, **fixed}
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

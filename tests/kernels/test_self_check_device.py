@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from launches.catalogue import VARIANTS
 from launches.places import on
@@ -9,24 +11,23 @@ from launches.problem import prepare
 
 from fx_fusion.kernels.qk_norm_rope_cache import self_check
 from fx_fusion.kernels.qk_norm_rope_cache.aiter import implementation as aiter
-from fx_fusion.kernels.qk_norm_rope_cache.specialization import Signature
-from fx_fusion.kernels.qk_norm_rope_cache.triton import implementation as triton
+from fx_fusion.kernels.qk_norm_rope_cache.operation import OPERATION
+from fx_fusion.kernels.qk_norm_rope_cache.specialization import Specialization
 
 pytestmark = pytest.mark.gpu
 
 NAMES = ("plain", "gemma", "sectioned", "rope", "shuffle", "HND", "slots-skip", "head-dim-64", "head-dim-256")
 
 
-def verdict(kernel, launch, name):
-    there = on(prepare(VARIANTS[name]), "cuda")
-    operands = [tensor for key, tensor in there.tensors.items() if key not in ("q_out", "k_out")]
-    options = {**there.options, "return_k": False}
-    return self_check.verdict(kernel, launch, Signature.of(*operands, **options))
+def verdict(kernel, name):
+    call = on(prepare(VARIANTS[name]), "cuda").call
+    call = replace(call, options=replace(call.options, return_k=False))
+    return self_check.verdict(kernel, OPERATION.implementation(kernel).trial, Specialization.of(call))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_triton_agrees(name):
-    found = verdict("triton", triton.qk_norm_rope_cache, name)
+    found = verdict("triton", name)
     assert found.reason is None, found
 
 
@@ -34,5 +35,5 @@ def test_triton_agrees(name):
 def test_aiter_agrees(name):
     if aiter.installed() is not None:
         pytest.skip(str(aiter.installed()))
-    found = verdict("aiter", aiter._launch, name)
+    found = verdict("aiter", name)
     assert found.reason is None, found

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from launches.catalogue import VARIANTS
 from launches.checks import check, snapshot
 from launches.places import bring_back, on
 from launches.problem import Prepared, Variant, prepare
+from torch import Tensor
 
 import fx_fusion
+from fx_fusion.kernels.qk_norm_rope_cache.call import Call
 from fx_fusion.kernels.qk_norm_rope_cache.triton import implementation as triton
-from fx_fusion.kernels.qk_norm_rope_cache.triton.launch import converts_float8, plan
+from fx_fusion.kernels.qk_norm_rope_cache.triton.launch import converts_float8, kernel, plan
 from fx_fusion.kernels.qk_norm_rope_cache.triton.tile import Tile, choose_tile, tile_for_any
 
 
 def launch(prepared: Prepared, **changed: object) -> None:
-    kernel = triton.kernel()
-    arguments = {**prepared.arguments(kernel), **changed}
-    kernel[prepared.grid](**arguments, num_warps=prepared.launch.tile.num_warps)
+    program = kernel()
+    arguments = {**prepared.arguments(program), **changed}
+    program[prepared.grid](**arguments, num_warps=prepared.launch.tile.num_warps)
 
 
 @pytest.mark.gpu
@@ -55,8 +59,8 @@ def test_the_operation_launches_it():
     prepared = prepare(Variant(tile=None))
     before = snapshot(prepared)
     there = on(prepared, "cuda")
-    operands = [tensor for name, tensor in there.tensors.items() if name not in ("q_out", "k_out")]
-    q_out, k_out = triton.qk_norm_rope_cache(*operands, return_k=True, **there.options)
+    assert there.options.return_k
+    q_out, k_out = triton.Triton().run(there.call)
     there.tensors["q_out"].copy_(q_out)
     there.tensors["k_out"].copy_(k_out)
     bring_back(there, prepared)
@@ -77,37 +81,31 @@ def test_no_token_launches_nothing():
     assert not bool(caches.any())
 
 
-def arguments(**changes):
-    prepared = prepare(Variant(tile=None))
-    tensors = {**prepared.tensors, **changes}
-    return [tensor for name, tensor in tensors.items() if name not in ("q_out", "k_out")], prepared.options
+def call(**changes) -> Call[Tensor]:
+    """The plain call, with other tensors or other options."""
+    plain = prepare(Variant(tile=None)).call
+    tensors = {name: changes.pop(name) for name in plain.tensors if name in changes}
+    return replace(plain, **tensors, options=replace(plain.options, **changes))
 
 
 REFUSED = [
     ({"k": torch.zeros(1, 5, 2, 128)}, r"arguments q, k, v: .*found bfloat16, float32, bfloat16"),
-    ({"q": torch.zeros(1, 5, 4, 1024, dtype=torch.bfloat16)}, "argument q: expected a head_dim of at most 512"),
+    ({"q": torch.zeros(1, 5, 4, 1024, dtype=torch.bfloat16)}, "argument head_dim: expected at most 512, found 1024"),
     ({"q_weight": None}, "arguments q_weight, k_weight: expected two of one dtype or none"),
     ({"k_weight": torch.zeros(128)}, "arguments q_weight, k_weight: expected two of one dtype or none"),
+    ({"k_eps": None}, "arguments q_eps, k_eps: expected two or none"),
 ]
 
 
 @pytest.mark.parametrize(("change", "message"), REFUSED, ids=[message for _, message in REFUSED])
 def test_what_the_kernel_would_not_notice_is_refused(change, message):
-    operands, options = arguments(**change)
     with pytest.raises(ValueError, match=message):
-        plan(*operands, **options)
-
-
-def test_one_eps_is_refused():
-    operands, options = arguments()
-    with pytest.raises(ValueError, match="arguments q_eps, k_eps: expected two or none"):
-        plan(*operands, **{**options, "k_eps": None})
+        planned(call(**change))
 
 
 def test_a_tensor_on_the_cpu_is_refused():
-    operands, options = arguments()
     with pytest.raises(ValueError, match=r"argument q: expected a tensor on a CUDA or ROCm device .* found cpu"):
-        triton.qk_norm_rope_cache(*operands, return_k=False, **options)
+        triton.Triton().run(call(return_k=False))
 
 
 def test_more_work_shares_more_and_heads_of_any_width_fill_a_thread_alike():
@@ -119,8 +117,8 @@ def test_more_work_shares_more_and_heads_of_any_width_fill_a_thread_alike():
     assert choose_tile(4096, 32, 8, 128, wave_size=64).tokens == 2 * tiles[-1].tokens
 
 
-def planned(operands, options, tile=None):
-    return triton._plan_once(operands, options, tile)
+def planned(call, tile=None):
+    return triton._plan_once(call, tile)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
@@ -131,11 +129,11 @@ def test_a_launch_of_any_size_serves_all_heads_of_its_tile_or_one(head_dim):
 
 
 def test_calls_that_differ_in_contents_alone_are_planned_once():
-    operands, options = arguments()
-    launch = planned(operands, options)
-    alike = [t if t is None else torch.empty_strided(t.shape, t.stride(), dtype=t.dtype) for t in operands]
-    assert planned(alike, {**options, "axes": list(options["axes"])}) is launch
-    assert launch == plan(*operands, **options)
+    first = call()
+    alike = first.map(lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype))
+    launch = planned(first)
+    assert planned(replace(alike, options=replace(alike.options, axes=tuple(list(alike.options.axes))))) is launch
+    assert launch == plan(first)
 
 
 def wider(tensor):
@@ -144,45 +142,40 @@ def wider(tensor):
 
 @pytest.mark.parametrize("names", [("q",), ("k", "v"), ("cos",), ("positions",), ("slots",)])
 def test_other_strides_are_planned_anew(names):
-    operands, options = arguments()
-    tensors = prepare(Variant(tile=None)).tensors
-    others, _ = arguments(**{name: wider(tensors[name]) for name in names})
-    launch = planned(operands, options)
-    assert planned(others, options) == plan(*others, **options) != launch
+    first = call()
+    other = call(**{name: wider(first.tensors[name]) for name in names})
+    launch = planned(first)
+    assert planned(other) == plan(other) != launch
 
 
 def test_another_dtype_and_other_sizes_are_planned_anew():
-    operands, options = arguments()
-    launch = planned(operands, options)
-    tensors = prepare(Variant(tile=None)).tensors
+    first = call()
+    launch = planned(first)
     for changes in (
-        {"k_cache": tensors["k_cache"].to(torch.float8_e5m2)},
-        {"cos": tensors["cos"][:-1], "sin": tensors["sin"][:-1]},
+        {"k_cache": first.k_cache.to(torch.float8_e5m2)},
+        {"cos": first.cos[:-1], "sin": first.sin[:-1]},
     ):
-        others, _ = arguments(**changes)
-        assert planned(others, options) == plan(*others, **options) != launch
+        other = call(**changes)
+        assert planned(other) == plan(other) != launch
 
 
-@pytest.mark.parametrize("change", [{"q_eps": 0.5}, {"saturate": True}, {"axes": [1] * 64}, {"rotary_dim": 64}])
+@pytest.mark.parametrize("change", [{"q_eps": 0.5}, {"saturate": True}, {"axes": (1,) * 64}, {"rotary_dim": 64}])
 def test_other_options_are_planned_anew(change):
-    operands, options = arguments()
-    launch = planned(operands, options)
-    assert planned(operands, {**options, **change}) == plan(*operands, **{**options, **change}) != launch
-    assert planned(operands, options, Tile(1, 1)).tile == Tile(1, 1)
+    first, other = call(), call(**change)
+    launch = planned(first)
+    assert planned(other) == plan(other) != launch
+    assert planned(first, Tile(1, 1)).tile == Tile(1, 1)
 
 
 def test_plans_do_not_pile_up(monkeypatch):
     monkeypatch.setattr(triton, "_MOST_PLANS", 3)
-    operands, options = arguments()
     for eps in range(1, 10):
-        planned(operands, {**options, "k_eps": 1.0 / eps})
+        planned(call(k_eps=1.0 / eps))
     assert len(triton._plans) <= 3
 
 
 def test_lanes_further_apart_than_the_kernel_counts_are_refused():
-    prepared = prepare(Variant(), device="meta")
-    names = ("q", "k", "v", "q_weight", "k_weight", "cos", "sin", "positions", "slots", "blocks", "k_scale", "v_scale")
-    operands = [prepared.tensors[name] for name in (*names, "k_cache", "v_cache")]
-    far = prepared.options["v_layout"]._replace(lane_stride=1 << 24)
+    meta = prepare(Variant(), device="meta").call
+    far = meta.options.v_layout._replace(lane_stride=1 << 24)
     with pytest.raises(ValueError, match="argument v_cache: expected the lanes of a row within 2\\^31 elements"):
-        plan(*operands, **{**prepared.options, "v_layout": far})
+        plan(replace(meta, options=replace(meta.options, v_layout=far)))

@@ -10,12 +10,29 @@ import torch
 from fx_fusion.kernels.measure import tuned
 from fx_fusion.kernels.measure.tuned_file import VERSION, Machine, Shape, Timing, Tuned, from_json, to_json
 from fx_fusion.kernels.qk_norm_rope_cache.cache_layout import CacheLayout
+from fx_fusion.kernels.qk_norm_rope_cache.call import Call, Options
 from fx_fusion.kernels.qk_norm_rope_cache.triton.launch import plan
-from fx_fusion.kernels.qk_norm_rope_cache.triton.tile import Tile, candidates, choose_tile
+from fx_fusion.kernels.qk_norm_rope_cache.triton.tile import (
+    Tile,
+    candidates,
+    choose_tile,
+    tile_from_json,
+    tile_to_json,
+)
 
 HERE = Machine("AMD Instinct MI300X", "gfx942", "3.6.0", "0.1.5")
 SHAPE = Shape(32, 8, 128, 128, "bfloat16")
-TIMINGS = (Timing(8, Tile(2, 1), 3.5, 2.25), Timing(64, Tile(4, 2, 2), 5.0), Timing(512, Tile(8, 1, 4), 9.0, 20.0))
+
+
+def timing(num_tokens, tile, **microseconds):
+    return Timing(num_tokens, microseconds, {"triton": tile_to_json(tile)})
+
+
+TIMINGS = (
+    timing(8, Tile(2, 1), triton=3.5, aiter=2.25),
+    timing(64, Tile(4, 2, 2), triton=5.0),
+    timing(512, Tile(8, 1, 4), triton=9.0, aiter=20.0),
+)
 TUNED = Tuned(HERE, "2.13.0", "2026-11-23", {SHAPE: TIMINGS})
 GPU = torch.device("cuda", 0)
 
@@ -62,20 +79,28 @@ def one_word(content):
     content["shapes"] = "none"
 
 
+def no_settings(content):
+    del content["shapes"][0]["timings"][0]["settings"]
+
+
 def no_tile(content):
-    content["shapes"][0]["timings"][0]["tile"] = None
+    content["shapes"][0]["timings"][0]["settings"]["triton"] = None
 
 
 def three_tokens(content):
-    content["shapes"][0]["timings"][0]["tile"]["tokens"] = 3
+    content["shapes"][0]["timings"][0]["settings"]["triton"]["tokens"] = 3
 
 
 def no_warps(content):
-    content["shapes"][0]["timings"][0]["tile"]["num_warps"] = 0
+    content["shapes"][0]["timings"][0]["settings"]["triton"]["num_warps"] = 0
+
+
+def more_than_a_tile(content):
+    content["shapes"][0]["timings"][0]["settings"]["triton"]["stages"] = 2
 
 
 def no_time(content):
-    content["shapes"][0]["timings"][0]["triton_us"] = float("nan")
+    content["shapes"][0]["timings"][0]["microseconds"]["triton"] = float("nan")
 
 
 def true_tokens(content):
@@ -86,20 +111,51 @@ SPOILED = {
     without_version: "KeyError: 'version'",
     other_version: f"its format has version {VERSION + 1}, this fx_fusion reads {VERSION}",
     one_word: "TypeError",
+    no_settings: "KeyError: 'settings'",
     no_tile: "TypeError",
-    three_tokens: "a tile's tokens must be a power of two up to 256, found 3",
-    no_warps: "num_warps must be a positive integer, found 0",
-    no_time: "triton_us must be a positive number of microseconds, found nan",
+    no_time: "triton must be a positive number of microseconds, found nan",
     true_tokens: "num_tokens must be a positive integer, found True",
 }
+#: A kernel's settings are for the kernel to read.
+SPOILED_SETTINGS = {
+    three_tokens: "a tile's tokens must be a power of two up to 256, found 3",
+    no_warps: "a tile's num_warps must be a power of two up to 16, found 0",
+    more_than_a_tile: "a tile has tokens, num_warps, heads, found {",
+}
+
+
+def spoiled(spoil):
+    content = json.loads(to_json(TUNED))
+    spoil(content)
+    return json.dumps(content)
 
 
 @pytest.mark.parametrize("spoil", SPOILED, ids=lambda spoil: spoil.__name__)
 def test_says_what_is_wrong(spoil):
-    content = json.loads(to_json(TUNED))
-    spoil(content)
     with pytest.raises(ValueError, match=SPOILED[spoil]):
-        from_json(json.dumps(content))
+        from_json(spoiled(spoil))
+
+
+@pytest.mark.parametrize("spoil", SPOILED | SPOILED_SETTINGS, ids=lambda spoil: spoil.__name__)
+def test_a_spoiled_file_is_ignored(spoil, path, warnings):
+    path.write_text(spoiled(spoil))
+    reason = (SPOILED | SPOILED_SETTINGS)[spoil]
+    assert reason in tuned.why_ignored(path, HERE)
+    assert planned(100) == choose_tile(100, 32, 8, 128)
+    (warning,) = warnings
+    assert reason in warning
+
+
+def test_settings_of_a_kernel_that_is_not_here_are_kept(path, warnings):
+    """Another process may register it."""
+    here = TIMINGS[0]
+    other = Timing(8, {**here.microseconds, "ours": 1.0}, {**here.settings, "ours": {"depth": "any"}})
+    content = Tuned(HERE, "2.13.0", "2026-11-23", {SHAPE: (other,)})
+    path.write_text(to_json(content))
+    assert tuned.why_ignored(path, HERE) is None
+    assert tuned.timing(SHAPE, 8, GPU) == other
+    assert planned(8) == Tile(2, 1)
+    assert not warnings
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "7", '"text"', "[" * 100_000], ids=lambda text: text[:6])
@@ -110,7 +166,7 @@ def test_anything_else_is_a_value_error(text):
 
 def test_what_was_measured_again_replaces_the_older():
     other = Shape(8, 1, 128, 128, "bfloat16")
-    newer = Tuned(HERE, "2.14.0", "2027-01-01", {SHAPE: (Timing(64, Tile(1, 1), 4.0),), other: TIMINGS})
+    newer = Tuned(HERE, "2.14.0", "2027-01-01", {SHAPE: (timing(64, Tile(1, 1), triton=4.0),), other: TIMINGS})
     both = TUNED.updated(newer)
     assert both.shapes == {SHAPE: (TIMINGS[0], newer.shapes[SHAPE][0], TIMINGS[2]), other: TIMINGS}
     assert (both.torch, both.date) == ("2.14.0", "2027-01-01")
@@ -144,22 +200,22 @@ def test_a_symbolic_count_has_no_timing(path):
     assert tuned.timing(SHAPE, ShapeEnv().create_unbacked_symint(), GPU) is None
 
 
-def operands(tokens, rotary_dim=128):
+def call(tokens, rotary_dim=128):
     q, kv = torch.empty(1, tokens, 32, 128).bfloat16(), torch.empty(1, tokens, 8, 128).bfloat16()
     half = torch.empty(4, rotary_dim // 2).bfloat16()
     cache, index = torch.empty(1, 1024, 8, 128).bfloat16(), torch.empty(1, tokens, dtype=torch.int64)
-    options = {
-        "k_layout": CacheLayout.of(cache), "v_layout": CacheLayout.of(cache), "k_scale_value": None,
-        "v_scale_value": None, "q_eps": 1e-6, "k_eps": 1e-6, "gemma_norm": False, "rotary_dim": rotary_dim,
-        "is_neox": True, "axes": [0] * (rotary_dim // 2), "saturate": False, "skip_negative_slots": False,
-    }  # fmt: skip
+    layout = CacheLayout.of(cache)
+    options = Options(
+        k_layout=layout, v_layout=layout, k_scale_value=None, v_scale_value=None, q_eps=1e-6, k_eps=1e-6,
+        gemma_norm=False, rotary_dim=rotary_dim, is_neox=True, axes=(0,) * (rotary_dim // 2), saturate=False,
+        skip_negative_slots=False, return_k=False,
+    )  # fmt: skip
     weight = torch.empty(128).bfloat16()
-    return (q, kv, kv, weight, weight, half, half, index[None], index, None, None, None, cache, cache), options
+    return Call(q, kv, kv, weight, weight, half, half, index[None], index, None, None, None, cache, cache, options)
 
 
-def planned(tokens, **chosen):
-    tensors, options = operands(tokens)
-    return plan(*tensors, **options, **chosen).tile
+def planned(tokens, tile=None):
+    return plan(call(tokens), tile).tile
 
 
 def test_a_launch_takes_the_tile_that_was_measured(path):
@@ -170,8 +226,7 @@ def test_a_launch_takes_the_tile_that_was_measured(path):
 
 
 def test_another_rotary_dim_is_another_shape(path):
-    tensors, options = operands(100, rotary_dim=64)
-    assert plan(*tensors, **options).tile == choose_tile(100, 32, 8, 128)
+    assert plan(call(100, rotary_dim=64)).tile == choose_tile(100, 32, 8, 128)
 
 
 def test_off(path, monkeypatch):
@@ -233,7 +288,7 @@ def test_no_file_in_the_usual_place_is_no_warning(path, warnings, monkeypatch):
 
 def test_a_file_that_changed_is_read_again(path):
     assert planned(64) == Tile(4, 2, 2)
-    path.write_text(to_json(Tuned(HERE, "2.13.0", "2026-11-24", {SHAPE: (Timing(64, Tile(16, 4), 1.0),)})))
+    path.write_text(to_json(Tuned(HERE, "2.13.0", "2026-11-24", {SHAPE: (timing(64, Tile(16, 4), triton=1.0),)})))
     assert planned(64) == Tile(16, 4)
 
 
@@ -241,7 +296,7 @@ def test_a_file_that_changed_is_read_again(path):
 
 
 def test_save_keeps_what_was_measured_before(path):
-    newer = Tuned(HERE, "2.13.0", "2026-11-24", {SHAPE: (Timing(1, Tile(1, 1), 1.0),)})
+    newer = Tuned(HERE, "2.13.0", "2026-11-24", {SHAPE: (timing(1, Tile(1, 1), triton=1.0),)})
     tuned.save(path, newer)
     assert from_json(path.read_text()).shapes == {SHAPE: (*newer.shapes[SHAPE], *TIMINGS)}
     assert [each.name for each in path.parent.iterdir() if "partial" in each.name] == []
@@ -264,7 +319,8 @@ def test_save_replaces_what_cannot_be_read(tmp_path):
 def test_every_candidate_can_be_launched_and_kept(head_dim, wave_size, num_kv_heads):
     found = candidates(num_kv_heads, head_dim, wave_size)
     assert len(found) == len(set(found)) >= 8
-    content = Tuned(HERE, "", "", {SHAPE: tuple(Timing(i + 1, tile, 1.0) for i, tile in enumerate(found))})
+    content = Tuned(HERE, "", "", {SHAPE: tuple(timing(i + 1, tile, triton=1.0) for i, tile in enumerate(found))})
     assert from_json(to_json(content)) == content
     for tile in found:
+        assert tile_from_json(json.loads(json.dumps(tile_to_json(tile)))) == tile
         assert 4 <= tile.tokens * head_dim // (tile.num_warps * wave_size) <= 16

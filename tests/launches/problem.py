@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from fx_fusion.kernels.qk_norm_rope_cache.cache_layout import CacheLayout
-from fx_fusion.kernels.qk_norm_rope_cache.triton import implementation as triton
-from fx_fusion.kernels.qk_norm_rope_cache.triton.launch import Launch, plan
+from fx_fusion.kernels.qk_norm_rope_cache.call import Call, Options
+from fx_fusion.kernels.qk_norm_rope_cache.triton.launch import Launch, as_bytes, plan
 from fx_fusion.kernels.qk_norm_rope_cache.triton.tile import Tile, choose_tile
 
 BLOCKS, BLOCK_SIZE = 3, 16
@@ -25,6 +25,7 @@ FAR = 1 << 20
 SPECIAL = (math.inf, -math.inf, -0.0, 65504.0, -65504.0, 6e-8, 3e-3, math.nan)
 # Eight neighbouring lanes of half a head a thread, on a GPU with waves of 64.
 WIDE = Tile(tokens=8, num_warps=1)
+OUTPUTS = ("q_out", "k_out")
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,12 @@ class Prepared:
 
     variant: Variant
     tensors: dict[str, Tensor | None]
-    options: dict[str, Any]
+    options: Options
     launch: Launch
+
+    @property
+    def call(self) -> Call[Tensor]:
+        return Call.of({name: each for name, each in self.tensors.items() if name not in OUTPUTS}, self.options)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -112,7 +117,7 @@ class Prepared:
 
     def arguments(self, kernel: Any) -> dict[str, Any]:
         """A value for each parameter of `kernel`."""
-        tensors = {name: None if tensor is None else triton.as_bytes(tensor) for name, tensor in self.tensors.items()}
+        tensors = {name: None if tensor is None else as_bytes(tensor) for name, tensor in self.tensors.items()}
         known = {**tensors, **self.launch.arguments, **self.launch.constants}
         if self.variant.cache == "whole":
             known |= {"k_cache": _whole_storage(known["k_cache"]), "v_cache": None}
@@ -131,15 +136,22 @@ def prepare(variant: Variant, device: str = "cpu", seed: int = 0) -> Prepared:
         "positions": positions, "slots": slots, "blocks": blocks, "k_scale": make.scale(variant.k_scale),
         "v_scale": make.scale(variant.v_scale), "k_cache": k_cache, "v_cache": v_cache,
     }  # fmt: skip
-    options = {
-        "k_layout": make.layout(k_cache, "k_cache"), "v_layout": make.layout(v_cache, "v_cache"),
-        "k_scale_value": variant.k_scale if isinstance(variant.k_scale, float) else None,
-        "v_scale_value": variant.v_scale if isinstance(variant.v_scale, float) else None,
-        "q_eps": variant.q_eps, "k_eps": variant.k_eps, "gemma_norm": variant.gemma_norm,
-        "rotary_dim": variant.rotated, "is_neox": variant.is_neox, "axes": variant.axis_of_pairs(),
-        "saturate": variant.saturate, "skip_negative_slots": variant.skip_negative_slots,
-    }  # fmt: skip
-    launch = plan(*operands.values(), **options, tile=variant.tile)
+    options = Options(
+        k_layout=make.layout(k_cache, "k_cache"),
+        v_layout=make.layout(v_cache, "v_cache"),
+        k_scale_value=variant.k_scale if isinstance(variant.k_scale, float) else None,
+        v_scale_value=variant.v_scale if isinstance(variant.v_scale, float) else None,
+        q_eps=variant.q_eps,
+        k_eps=variant.k_eps,
+        gemma_norm=variant.gemma_norm,
+        rotary_dim=variant.rotated,
+        is_neox=variant.is_neox,
+        axes=tuple(variant.axis_of_pairs()),
+        saturate=variant.saturate,
+        skip_negative_slots=variant.skip_negative_slots,
+        return_k=variant.return_k,
+    )
+    launch = plan(Call.of(operands, options), variant.tile)
     # What would be so of tensors too large for a test.
     launch.constants["NARROW"] = variant.narrow
     outputs = {

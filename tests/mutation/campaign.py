@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fx_fusion.kernels.dispatch import KernelUnavailable
+from fx_fusion.kernels.operation import KernelUnavailable
 from fx_fusion.mutation.mutants import Mutant, Mutants, rewritten
 from fx_fusion.mutation.oracle import Wrong, judge
 from fx_fusion.report import FusionReport

@@ -10,6 +10,7 @@ from fx_fusion.mutation.mutants import rewritten
 from fx_fusion.mutation.oracle import judge
 from fx_fusion.patterns.qk_norm_rope_cache import match as qk_norm_rope_cache
 from fx_fusion.patterns.qk_norm_rope_cache.branch import rotated_heads
+from fx_fusion.proof.field import Proved
 from mutation import campaign
 from mutation.corpus import CASES
 
@@ -51,7 +52,7 @@ def _slots_of_the_key(_, key, *__):
     return key.addresses.slots
 
 
-NO_PROOF = (rotated_heads, "prove", lambda *_: 0.0)
+NO_PROOF = (rotated_heads, "prove", lambda *_: Proved(bits=64, trials=1, degree=1, literals={}))
 NO_CERTIFICATE = (rotated_heads, "certify", _nothing)
 #: What is broken, and which operations are changed to show it. One guard alone is no good: most have a second behind.
 SABOTAGE = {

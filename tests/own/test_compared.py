@@ -51,7 +51,7 @@ ARGS = (torch.randn(3, 16), torch.rand(16))
 def test_spelling_and_numbers(norm, eps, inductor):
     assert inductor_matches(graph_of(model(norm, eps), *ARGS), eps=1e-6) == inductor
     report = ours(graph_of(model(norm, eps), *ARGS))
-    assert report.fused[0].facts["numbers"] == {"eps": eps}
+    assert report.fused[0].reading["numbers"] == {"eps": eps}
 
 
 def test_a_mutable_operation():

@@ -84,7 +84,7 @@ RMS_SPELLINGS = [by_library, by_quotient, by_power, by_reciprocal, by_rows]
 @pytest.mark.parametrize("norm", RMS_SPELLINGS)
 def test_a_captured_float_in_any_spelling(rms_norm, norm):
     report = assert_fuses(Norms(norm, eps=1e-5), (torch.randn(2, 5, WIDTH),), count=2)
-    assert report.fused[0].facts["numbers"]["eps"] == pytest.approx(1e-5, rel=1e-7)
+    assert report.fused[0].reading["numbers"]["eps"] == pytest.approx(1e-5, rel=1e-7)
 
 
 def test_one_registration_serves_all_sizes_dtypes_and_eps(rms_norm):
@@ -96,14 +96,14 @@ def test_one_registration_serves_all_sizes_dtypes_and_eps(rms_norm):
         report = assert_fuses(
             Norms(patterns.rms_norm, eps=eps, dtype=dtype), (torch.randn(shape, dtype=dtype),), count=2
         )
-        assert report.fused[0].facts["numbers"] == {"eps": eps}
+        assert report.fused[0].reading["numbers"] == {"eps": eps}
 
 
 def test_symbolic_sizes(rms_norm):
     x = torch.randn(6, WIDTH)
     torch._dynamo.mark_dynamic(x, 0)
     report = assert_fuses(Norms(by_quotient), (x,), count=2, dynamic=None)
-    assert "s" in report.fused[0].facts["tensors"]["x"]
+    assert "s" in report.fused[0].reading["tensors"]["x"]
 
 
 def test_through_inductor(rms_norm):
@@ -179,7 +179,7 @@ STORE_SPELLINGS = [
 def test_a_mutable_operation_in_any_spelling(silu_store, silu):
     args = (torch.randn(4, 3, 16), torch.zeros(100, 3, 16), torch.randperm(100)[:4])
     report = assert_fuses(Stores(silu), args, count=1)
-    assert report.fused[0].facts["numbers"] == {"scale": 0.25, "alpha": pytest.approx(1.5)}
+    assert report.fused[0].reading["numbers"] == {"scale": 0.25, "alpha": pytest.approx(1.5)}
 
 
 def test_a_store_in_place():
@@ -350,7 +350,7 @@ def test_optional_parts_and_alternatives():
         fx_fusion.register_fusion(pattern=pattern, replacement=lambda **k: pattern(**k), name="norm")
         for (absent, gemma), model in models.items():
             report = assert_fuses(model, (torch.randn(3, WIDTH), torch.rand(WIDTH)), count=1)
-            choices = report.fused[0].facts["choices"]
+            choices = report.fused[0].reading["choices"]
             assert choices == ({"weight": None, "gemma": gemma} if absent else {"gemma": gemma})
 
 

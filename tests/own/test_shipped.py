@@ -86,8 +86,8 @@ def test_qk_norm_rope_without_a_store(model):
     with fx_fusion.fusions():
         fx_fusion.register_fusion(fx_fusion.QkNormRope())
         report = assert_fuses(model(), arguments(), count=1)
-    assert report.fused[0].facts["choices"] == {"is_neox": model is OpaqueStore}
-    assert report.fused[0].facts["numbers"] == {"eps": 1e-6}
+    assert report.fused[0].reading["choices"] == {"is_neox": model is OpaqueStore}
+    assert report.fused[0].reading["numbers"] == {"eps": 1e-6}
 
 
 def test_the_built_in_fusion_goes_first():

@@ -289,14 +289,14 @@ class FreshAttention(Prologue):
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_fuses(name, dtype):
     report = assert_fuses(SPELLINGS[name](dtype), arguments(dtype=dtype), count=1)
-    read = report.fused[0].facts
+    read = report.fused[0].reading
     assert (read["num_heads"], read["num_kv_heads"], read["head_dim"]) == (NUM_HEADS, NUM_KV_HEADS, HEAD_DIM)
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_a_literal_is_never_taken_for_an_element_of_the_table(tokens):
     report = assert_fuses(AnglesPartlyConstant(), arguments(tokens), count=1)
-    assert report.fused[0].facts["angles"] == "rows"
+    assert report.fused[0].reading["angles"] == "rows"
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 4, 13])
@@ -305,7 +305,7 @@ def test_fuses_at_any_number_of_tokens(tokens):
 
 
 def read_of(name):
-    return assert_fuses(SPELLINGS[name](), arguments(), count=1).fused[0].facts
+    return assert_fuses(SPELLINGS[name](), arguments(), count=1).fused[0].reading
 
 
 def test_reads_mrope():

@@ -91,7 +91,7 @@ def test_layouts(layout):
 
 def test_reads_a_block_and_an_offset():
     report = assert_fuses(PagedHND(), arguments(cache=PagedHND.shape), count=1)
-    read = report.fused[0].facts
+    read = report.fused[0].reading
     assert read["addressed_by"] == "block and offset"
     assert read["cache_size"] == [str(size) for size in (PAGES, BLOCK, NUM_KV_HEADS, HEAD_DIM)]
     strides = (NUM_KV_HEADS * BLOCK * HEAD_DIM, HEAD_DIM, BLOCK * HEAD_DIM, 1)

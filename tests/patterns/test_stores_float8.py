@@ -34,7 +34,7 @@ def assert_same_bytes(model, args, *, count=1, steps_of_k=0):
         bits = [each.view(torch.uint8 if each.dtype.itemsize == 1 else torch.int16).int() for each in (actual, wanted)]
         allowed = steps_of_k if i == 0 else 0
         assert int((bits[0] - bits[1]).abs().max()) <= allowed, f"cache {i}\n{outcome.report}"
-    return outcome.report.fused[0].facts
+    return outcome.report.fused[0].reading
 
 
 def run_in_eager(model, args):

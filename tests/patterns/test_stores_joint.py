@@ -160,7 +160,7 @@ SPELLINGS = [
 def test_fuses(model):
     dtype = torch.bfloat16 if SPELLINGS.index(model) % 2 else torch.float32
     report = assert_fuses(model(dtype), given(model, dtype=dtype), count=1)
-    assert report.fused[0].facts["return_k"] is (model is JointlyReturned)
+    assert report.fused[0].reading["return_k"] is (model is JointlyReturned)
 
 
 @pytest.mark.parametrize("model", [OverHeads, Slice], ids=lambda cls: cls.__name__)
@@ -242,7 +242,7 @@ def test_a_head_that_turns_in_part_is_no_joint_store():
 
     caches = torch.randn(6, SLOTS, NUM_KV_HEADS, HEAD_DIM).unbind()
     report = assert_fuses(Two(Partial), (*arguments()[:3], *map(torch.clone, caches)), count=3)
-    assert {layer.facts["rotary_dim"] for layer in report.fused} == {HEAD_DIM // 2}
+    assert {layer.reading["rotary_dim"] for layer in report.fused} == {HEAD_DIM // 2}
 
 
 def test_nothing_of_the_caches_size_is_allocated():
@@ -302,7 +302,7 @@ def test_caches_of_another_dtype(model, dtype, scales):
     layer = model()
     outcome = run(layer, args)
     assert len(outcome.report.fused) == 1, str(outcome.report)
-    facts = outcome.report.fused[0].facts
+    facts = outcome.report.fused[0].reading
     assert (facts["k_scale"], facts["v_scale"], facts["cache_dtype"]) == (*scales, str(dtype))
     with torch.no_grad():
         layer(*args)

@@ -77,7 +77,7 @@ class AllRows(Prologue):
 @pytest.mark.parametrize("model", [Rows, LastRows, EveryOtherRow, Narrowed, AllRows], ids=lambda cls: cls.__name__)
 def test_slices_of_rows(model):
     report = assert_fuses(model(), arguments(), count=1)
-    assert report.fused[0].facts["addressed_by"] == "slice"
+    assert report.fused[0].reading["addressed_by"] == "slice"
 
 
 class Slice(PerSequence):
@@ -141,7 +141,7 @@ def test_a_slice_from_a_number_that_changes(inner):
 
     args = *batch(HEADS_FIRST, slots=7)[:3], torch.randn(HEADS_FIRST), torch.randn(HEADS_FIRST)
     report = assert_fuses(From(), args, count=1, dynamic=True, inner=inner)
-    assert report.fused[0].facts["addressed_by"] == "slice"
+    assert report.fused[0].reading["addressed_by"] == "slice"
 
 
 def test_a_slice_is_stored_in_place():
@@ -268,9 +268,9 @@ BY_SIGN = [Masked, MaskedAndClamped, MaskedByGreater, MaskedAndSelected, KeptWhe
 @pytest.mark.parametrize("model", [*BY_SIGN, MaskedByAnotherTest, MaskedByEquality], ids=lambda cls: cls.__name__)
 def test_masked(model):
     report = assert_fuses(model(), padded(), count=1)
-    assert report.fused[0].facts["masked"]
+    assert report.fused[0].reading["masked"]
     # A mask that says what the slot's sign says leaves nothing to compute outside the call.
-    assert model not in BY_SIGN or not report.fused[0].facts["index_arithmetic"]
+    assert model not in BY_SIGN or not report.fused[0].reading["index_arithmetic"]
 
 
 @pytest.mark.parametrize("tokens", [[-1, -1, -1, -1, -1], [0, SLOTS - 1, -2, 1, 4 - SLOTS], [0, 1, 2, 3, 4]])
@@ -350,7 +350,7 @@ def test_padding_in_a_dummy_row_stays_outside():
             cache[torch.where(slots < 0, SLOTS - 1, slots)] = value
 
     args = padded(slots=torch.tensor([9, 7, 5, -2, 3]))
-    assert not assert_fuses(Dummy(), args, count=1).fused[0].facts["masked"]
+    assert not assert_fuses(Dummy(), args, count=1).fused[0].reading["masked"]
 
 
 def test_selected_tokens_break_the_graph_and_are_declined_by_name():

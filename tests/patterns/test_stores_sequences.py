@@ -99,11 +99,11 @@ GRIDS = [(*case, 2, 5) for case in CASES] + [(*case, *grid) for case in CASES[:2
 def test_fuses(model, counted, by_input, batch, seq):
     dtype = torch.bfloat16 if batch == 3 else torch.float32
     report = assert_fuses(model(dtype), given(model, batch, seq, dtype=dtype), count=1)
-    assert report.fused[0].facts["addressed_by"] == counted
+    assert report.fused[0].reading["addressed_by"] == counted
     if by_input:
         args = given(model, batch, seq, sequences=True, dtype=dtype)
         report = assert_fuses(model(dtype), args, count=1)
-        assert report.fused[0].facts["addressed_by"] == by_input
+        assert report.fused[0].reading["addressed_by"] == by_input
 
 
 @pytest.mark.parametrize(("dim", "sequences"), [("batch", False), ("seq", True)])
@@ -143,7 +143,7 @@ class CountsFromOne(TokensFirst):
 @pytest.mark.parametrize("model", [CountsInTwos, CountsDown, CountsFromOne])
 def test_another_count_stays_an_index(model):
     report = assert_fuses(model(), given(model, 2, 5), count=1)
-    assert report.fused[0].facts["addressed_by"] == "block and offset"
+    assert report.fused[0].reading["addressed_by"] == "block and offset"
 
 
 class HeadsTurned(EveryHeadIndexed):

@@ -1,148 +1,93 @@
-"""AMD's aiter: its contract, argument by argument, and the call.
+"""AMD's aiter: is it there, does it do here what the operation does, and the call.
 
-One of its functions serves three axes, a sibling one. They check little themselves and read the rest as garbage, so
-every line is checked here; and they change often, so their first use on a device is checked too (self_check.py). Read
-from ROCm/aiter at e4048607a535 (2026-08-22). The PyPI project named ``aiter`` is an unrelated asyncio helper: importing
-it proves nothing, so the function itself is looked for.
+One of its functions serves three axes, a sibling one. They change often, so their first use on a device is checked too
+(self_check.py). The PyPI project named ``aiter`` is an unrelated asyncio helper: importing it proves nothing, so the
+function itself is looked for.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from fx_fusion.kernels.operation import Implementation
 from fx_fusion.kernels.qk_norm_rope_cache import reference, self_check
-from fx_fusion.kernels.qk_norm_rope_cache.agreement import Launch
-from fx_fusion.kernels.qk_norm_rope_cache.aiter.call import Call, Operands, Options, launch, prepare, problem
-from fx_fusion.kernels.qk_norm_rope_cache.specialization import Signature
+from fx_fusion.kernels.qk_norm_rope_cache.aiter.arguments import Arguments, prepare
+from fx_fusion.kernels.qk_norm_rope_cache.aiter.contract import broken_line, refuses
+from fx_fusion.kernels.qk_norm_rope_cache.aiter.launch import launch
+from fx_fusion.kernels.qk_norm_rope_cache.call import Call
+from fx_fusion.kernels.qk_norm_rope_cache.specialization import Specialization
 from fx_fusion.kernels.qk_norm_rope_cache.triton import implementation as triton
-from fx_fusion.kernels.target import Kernel, Problem, Target, mrope_section
+from fx_fusion.kernels.target import Target
+from fx_fusion.kernels.versions import aiter_version
 
 THREE_AXES = "fused_qk_norm_mrope_3d_cache_pts_quant_shuffle"
 ONE_AXIS = "fused_qk_norm_rope_cache_pts_quant_shuffle"
 
-HALF = (torch.bfloat16, torch.float16)
-FLOAT8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
 
+class Aiter(Implementation[Call[Tensor]]):
+    """On AMD GPUs, where it is installed."""
 
-# --- the contract -------------------------------------------------------------------------------------------------
+    name = "aiter"
+    home = Target("hip")
 
+    def version(self) -> str | None:
+        return aiter_version()
 
-@dataclass(frozen=True)
-class Requirement:
-    """What aiter expects of one argument."""
-
-    argument: str
-    expected: str
-    holds: Callable[[Problem], bool]
-    found: Callable[[Problem], object]
-
-
-def _fills_k_out(p: Problem) -> bool:
-    """The operation returns k in its own dtype for every token. What aiter returns has the cache's dtype, and rows of
-    skipped slots are left unwritten: the same only where there is nothing to convert and nothing to skip.
-    """
-    return not p.return_k or (p.cache_dtype == p.dtype and not p.skip_negative_slots)
-
-
-def _is_power_of_two(number: int | None) -> bool:
-    return number is not None and number > 0 and number & (number - 1) == 0
-
-
-CONTRACT: tuple[Requirement, ...] = (
-    Requirement("qkv", "bfloat16 or float16", lambda p: p.dtype in HALF, lambda p: p.dtype),
-    Requirement("qkv", "q, k, v in one contiguous tensor", lambda p: p.packed_qkv, lambda p: "other columns"),
-    Requirement("qw", "the dtype of qkv", lambda p: p.weight_dtypes[0] == p.dtype, lambda p: p.weight_dtypes[0]),
-    Requirement("kw", "the dtype of qkv", lambda p: p.weight_dtypes[1] == p.dtype, lambda p: p.weight_dtypes[1]),
-    Requirement(
-        "cos_sin", "one table, cos half, sin half", lambda p: p.packed_table, lambda p: "rows or another table"
-    ),
-    Requirement("cos_sin", "the dtype of qkv", lambda p: p.angle_dtype == p.dtype, lambda p: p.angle_dtype),
-    Requirement("positions", "int64", lambda p: p.positions_dtype == torch.int64, lambda p: p.positions_dtype),
-    Requirement("positions", "1 or 3 axes", lambda p: p.num_axes in (1, 3), lambda p: p.num_axes),
-    Requirement(
-        "mrope_section_",
-        "sections",
-        lambda p: p.num_axes == 1 or mrope_section(p.axes) is not None,
-        lambda p: list(p.axes),
-    ),
-    Requirement("head_size", "64, 128 or 256", lambda p: p.head_dim in (64, 128, 256), lambda p: p.head_dim),
-    Requirement("eps", "a norm on q and on k", lambda p: None not in (p.q_eps, p.k_eps), lambda p: (p.q_eps, p.k_eps)),
-    Requirement("eps", "one value for q and k", lambda p: p.q_eps == p.k_eps, lambda p: (p.q_eps, p.k_eps)),
-    Requirement("gemma_norm", "False with 1 axis", lambda p: p.num_axes == 3 or not p.gemma_norm, lambda p: True),
-    Requirement("slot_mapping", "int64", lambda p: p.slots_dtype == torch.int64, lambda p: p.slots_dtype),
-    Requirement("slot_mapping", "one cache", lambda p: not p.per_sequence_cache, lambda p: "a cache per sequence"),
-    Requirement(
-        "block_size",
-        "a power of two",
-        lambda p: not p.separate_blocks or _is_power_of_two(p.block_size),
-        lambda p: p.block_size,
-    ),
-    Requirement(
-        "k_cache", "the dtype of qkv or float8_e4m3", lambda p: p.cache_dtype in (p.dtype, *FLOAT8),
-        lambda p: p.cache_dtype,
-    ),
-    Requirement("k_cache", "a unit lane stride", lambda p: p.cache_stride[3] == 1, lambda p: p.cache_stride[3]),
-    # Read on the host: a tensor in a graph would lie on the GPU, or split the graph.
-    Requirement("k_scale, v_scale", "a number", lambda p: not p.scale_on_device, lambda p: "a tensor"),
-    Requirement(
-        "k_scale, v_scale", "none, as aiter divides only what it converts",
-        lambda p: not p.scaled or p.cache_dtype in FLOAT8, lambda p: "one",
-    ),
-    Requirement(
-        "k_out", "no rotated k, or a cache of k's dtype where no slot is skipped", _fills_k_out,
-        lambda p: "skipped slots" if p.skip_negative_slots else p.cache_dtype,
-    ),
-)  # fmt: skip
-
-
-def refuses(problem: Problem, target: Target) -> str | None:
-    return _broken_line(problem) or _refuses_float8(problem, target)
-
-
-@functools.cache
-def _broken_line(problem: Problem) -> str | None:
-    for line in CONTRACT:
-        if not line.holds(problem):
-            return f"argument {line.argument}: expected {line.expected}, found {line.found(problem)}"
-    return None
-
-
-def _refuses_float8(problem: Problem, target: Target) -> str | None:
-    """Whatever float8 the cache has, aiter writes the one that the device converts to."""
-    if problem.cache_dtype not in FLOAT8:
-        return None
-    name = _architecture(target)
-    fnuz, fn = name == "gfx942", name == "gfx950" or name.startswith("gfx12")
-    if (problem.cache_dtype == torch.float8_e4m3fnuz and fnuz) or (problem.cache_dtype == torch.float8_e4m3fn and fn):
-        return None
-    expected = "float8_e4m3fnuz on gfx942, float8_e4m3fn on gfx950 and gfx12"
-    return f"argument k_cache: expected {expected}, found {problem.cache_dtype} on {name}"
-
-
-def _architecture(target: Target) -> str:
-    if target.name != "hip" or torch.version.hip is None or not torch.cuda.is_available():
-        return target.name
-    return torch.cuda.get_device_properties().gcnArchName.split(":")[0]
-
-
-# --- is it there? -------------------------------------------------------------------------------------------------
-
-
-def unavailable(target: Target) -> str | None:
-    if _is_unrelated():
+    def unavailable(self, target: Target) -> str | None:
+        if _is_unrelated():
+            return installed()
+        if target.platform != "hip":
+            return f"aiter runs on AMD GPUs, the target is {target.name}"
         return installed()
-    if target.platform != "hip":
-        return f"aiter runs on AMD GPUs, the target is {target.name}"
-    return installed()
+
+    def remedy(self, target: Target) -> str | None:
+        if target.platform == "hip" or importlib.util.find_spec("aiter") is not None:
+            return "pip uninstall aiter, if it is there, and build https://github.com/ROCm/aiter"
+        return None
+
+    def refuses(self, call: Call[Tensor], target: Target) -> str | None:
+        return refuses(call, target)
+
+    def run(self, call: Call[Tensor], setting: Any = None) -> tuple[Tensor, ...]:
+        """Call aiter now, or the next best kernel if aiter does not agree with the reference here.
+
+        An index outside its table or its cache counts modulo the size; but where negative slots are skipped, a slot
+        beyond the end is written beyond the end.
+
+        Raises:
+            ValueError: for what aiter would read as garbage.
+            FirstUseInCapture: if aiter was not used like this before, and a graph is being captured.
+        """
+        prepared = _checked(call)
+        wrong = self.found_wrong(call) is not None
+        return _next_best(call) if wrong else launch(call, prepared, _function_for(call))
+
+    def found_wrong(self, call: Call[Tensor]) -> str | None:
+        return self_check.verdict(self.name, self.trial, Specialization.of(call)).reason
+
+    def trial(self, call: Call[Tensor], setting: Any = None) -> tuple[Tensor, ...]:
+        return launch(call, _checked(call), _function_for(call))
+
+
+def _checked(call: Call[Tensor]) -> Arguments:
+    reason = broken_line(call, of_memory=False)
+    if reason is not None:
+        raise ValueError(f"aiter: {reason}; pass it like that, or call another kernel")
+    return prepare(call)
+
+
+def _next_best(call: Call[Tensor]) -> tuple[Tensor, Tensor]:
+    runs = triton.Triton().unavailable(Target.of(call.q.device)) is None
+    return triton.launch(call) if runs else reference.qk_norm_rope_cache(call)
+
+
+# --- is it there? -----------------------------------------------------------------------------------------------------
 
 
 def installed() -> str | None:
@@ -166,58 +111,15 @@ def _is_unrelated() -> bool:
     return "async" in (distribution.metadata.get("Summary") or "").lower()
 
 
-KERNEL = Kernel("aiter", unavailable, refuses)
-
-
 def _module() -> Any:
     """Imported late: it is not everywhere, and takes seconds."""
     return importlib.import_module("aiter")
 
 
-def _function(name: str) -> Callable[..., None]:
+def _function_for(call: Call[Tensor]) -> Callable[..., None]:
+    assert call.positions is not None, "the contract asks for positions"
+    name = ONE_AXIS if call.positions.shape[0] == 1 else THREE_AXES
     function = getattr(_module(), name, None)
     if function is None:
         raise RuntimeError(installed() or f"the installed aiter has no function {name}; update it")
     return function
-
-
-# --- the call -----------------------------------------------------------------------------------------------------
-
-
-def qk_norm_rope_cache(*operands: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    """Call aiter now, or the next best kernel if aiter does not agree with the reference here.
-
-    See :func:`fx_fusion.qk_norm_rope_cache`. An index outside its table or its cache counts modulo the size; but where
-    negative slots are skipped, a slot beyond the end is written beyond the end.
-
-    Raises:
-        ValueError: for what aiter would read as garbage.
-        FirstUseInCapture: if aiter was not used like this before, and a graph is being captured.
-    """
-    call = _checked(*operands, **options)
-    verdict = self_check.verdict("aiter", _launch, Signature.of(*operands, **options))
-    if verdict.reason is not None:
-        return _next_best(call.qkv.device)(*operands, **options)
-    return launch(call, _function_for(call))
-
-
-def _launch(*operands: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    call = _checked(*operands, **options)
-    return launch(call, _function_for(call))
-
-
-def _checked(*operands: Any, **options: Any) -> Call:
-    given = Operands(*operands), Options(**options)
-    reason = _broken_line(problem(*given))
-    if reason is not None:
-        raise ValueError(f"aiter: {reason}; pass it like that, or call another kernel")
-    return prepare(*given)
-
-
-def _function_for(call: Call) -> Callable[..., None]:
-    return _function(ONE_AXIS if call.positions.shape[0] == 1 else THREE_AXES)
-
-
-def _next_best(device: torch.device) -> Launch:
-    runs = triton.unavailable(Target.of(device)) is None
-    return triton.qk_norm_rope_cache if runs else reference.qk_norm_rope_cache

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from fx_fusion.kernels.measure import tuned
-from fx_fusion.kernels.measure.tuned_file import Shape
 from fx_fusion.kernels.qk_norm_rope_cache.cache_layout import CacheLayout, Size
-from fx_fusion.kernels.qk_norm_rope_cache.triton.tile import Tile, choose_tile
+from fx_fusion.kernels.qk_norm_rope_cache.call import Call
+from fx_fusion.kernels.qk_norm_rope_cache.shape import shape_of
+from fx_fusion.kernels.qk_norm_rope_cache.triton.tile import Tile, choose_tile, tile_from_json
 
 FLOAT8 = {torch.float8_e4m3fn: "e4m3fn", torch.float8_e4m3fnuz: "e4m3fnuz", torch.float8_e5m2: "e5m2"}
 ACTIVATIONS = (torch.bfloat16, torch.float16, torch.float32)
@@ -46,51 +47,22 @@ def converts_float8(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 9)
 
 
-def plan(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor | None,
-    slots: Tensor,
-    blocks: Tensor | None,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    *,
-    k_layout: CacheLayout,
-    v_layout: CacheLayout,
-    k_scale_value: float | None,
-    v_scale_value: float | None,
-    q_eps: float | None,
-    k_eps: float | None,
-    gemma_norm: bool,
-    rotary_dim: int,
-    is_neox: bool,
-    axes: Sequence[int],
-    saturate: bool,
-    skip_negative_slots: bool,
-    tile: Tile | None = None,
-) -> Launch:
-    """All that a launch is told besides its tensors; also of fake tensors. For the arguments see
-    :func:`fx_fusion.qk_norm_rope_cache`.
-    """
-    _check(q, k, v, q_weight, k_weight, q_eps, k_eps)
+def plan(call: Call[Tensor], tile: Tile | None = None) -> Launch:
+    """All that a launch is told besides its tensors; also of fake tensors."""
+    told = call.options
+    q, k, v, cos, sin, positions, slots, blocks = (
+        call.q, call.k, call.v, call.cos, call.sin, call.positions, call.slots, call.blocks
+    )  # fmt: skip
     batch, seq, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[2]
     num_tokens = batch * seq
-    tile = tile or _tuned_tile(q, num_kv_heads, rotary_dim)
-    tile = tile or choose_tile(num_tokens, num_heads, num_kv_heads, head_dim, wave_size_of(q.device))
+    tile = tile or _tuned_tile(call) or rule_of(call)
     heads = tile.heads if tile.heads_per_program is None else tile.heads_per_program
     cos_strides, sin_strides = (_angle_strides(rows, positions) for rows in (cos, sin))
     _check_lanes("cos", head_dim, cos_strides[-1])
     _check_lanes("sin", head_dim, sin_strides[-1])
-    _check_lanes("k_cache", head_dim, k_layout.lane_stride, k_layout.lane_group_stride)
-    _check_lanes("v_cache", head_dim, v_layout.lane_stride, v_layout.lane_group_stride)
+    _check_lanes("k_cache", head_dim, told.k_layout.lane_stride, told.k_layout.lane_group_stride)
+    _check_lanes("v_cache", head_dim, told.v_layout.lane_stride, told.v_layout.lane_group_stride)
     arguments = {
         "num_tokens": num_tokens,
         "seq_len": seq,
@@ -111,8 +83,8 @@ def plan(
         **_named(
             ("blocks_batch_stride", "blocks_token_stride"), (0, 0) if blocks is None else _grid_strides(blocks)
         ),
-        **_cache_arguments("k", k_layout),
-        **_cache_arguments("v", v_layout),
+        **_cache_arguments("k", told.k_layout),
+        **_cache_arguments("v", told.v_layout),
     }  # fmt: skip
     constants = {
         "ONE_SEQUENCE": _is_one(batch),
@@ -122,25 +94,25 @@ def plan(
         "NUM_HEADS": num_heads,
         "NUM_KV_HEADS": num_kv_heads,
         "HEAD_DIM": head_dim,
-        "ROTARY_DIM": rotary_dim,
-        "REST_WIDTH": _rest_width(head_dim, rotary_dim),
-        "IS_NEOX": is_neox,
-        "Q_EPS": q_eps,
-        "K_EPS": k_eps,
-        "GEMMA_NORM": gemma_norm,
-        "ANGLE_PER_LANE": cos.shape[-1] == rotary_dim,
-        "NUM_AXES": 0 if positions is None else max(axes) + 1,
-        "AXES": _pack(tuple(axes)),
-        "SKIP_NEGATIVE_SLOTS": skip_negative_slots,
-        "SATURATE": saturate,
-        "K_SCALE": k_scale_value,
-        "V_SCALE": v_scale_value,
-        "K_SLOT_GROUP": k_layout.slot_group,
-        "K_LANE_GROUP": k_layout.lane_group,
-        "V_SLOT_GROUP": v_layout.slot_group,
-        "V_LANE_GROUP": v_layout.lane_group,
-        "K_FLOAT8": FLOAT8.get(k_cache.dtype),
-        "V_FLOAT8": FLOAT8.get(v_cache.dtype),
+        "ROTARY_DIM": told.rotary_dim,
+        "REST_WIDTH": _rest_width(head_dim, told.rotary_dim),
+        "IS_NEOX": told.is_neox,
+        "Q_EPS": told.q_eps,
+        "K_EPS": told.k_eps,
+        "GEMMA_NORM": told.gemma_norm,
+        "ANGLE_PER_LANE": cos.shape[-1] == told.rotary_dim,
+        "NUM_AXES": 0 if positions is None else max(told.axes) + 1,
+        "AXES": _pack(told.axes),
+        "SKIP_NEGATIVE_SLOTS": told.skip_negative_slots,
+        "SATURATE": told.saturate,
+        "K_SCALE": told.k_scale_value,
+        "V_SCALE": told.v_scale_value,
+        "K_SLOT_GROUP": told.k_layout.slot_group,
+        "K_LANE_GROUP": told.k_layout.lane_group,
+        "V_SLOT_GROUP": told.v_layout.slot_group,
+        "V_LANE_GROUP": told.v_layout.lane_group,
+        "K_FLOAT8": FLOAT8.get(call.k_cache.dtype),
+        "V_FLOAT8": FLOAT8.get(call.v_cache.dtype),
         "CONVERTS_FLOAT8": converts_float8(q.device),
         "TOKENS": tile.tokens,
         "HEADS": tile.heads,
@@ -150,11 +122,16 @@ def plan(
     return Launch((_cdiv(num_tokens, tile.tokens), groups), arguments, constants, tile)
 
 
-def _tuned_tile(q: Tensor, num_kv_heads: int, rotary_dim: int) -> Tile | None:
-    batch, seq, num_heads, head_dim = q.shape
-    shape = Shape.of(num_heads, num_kv_heads, head_dim, rotary_dim, q.dtype)
-    measured = tuned.timing(shape, batch * seq, q.device)
-    return measured and measured.tile
+def rule_of(call: Call[Tensor]) -> Tile:
+    """The tile that the built-in rule chooses."""
+    batch, seq, num_heads, head_dim = call.q.shape
+    return choose_tile(batch * seq, num_heads, call.k.shape[2], head_dim, wave_size_of(call.q.device))
+
+
+def _tuned_tile(call: Call[Tensor]) -> Tile | None:
+    measured = tuned.timing(*shape_of(call), call.q.device)
+    setting = measured and measured.settings.get("triton")
+    return tile_from_json(setting) if setting else None
 
 
 def _rest_width(head_dim: int, rotary_dim: int) -> int:
@@ -163,28 +140,6 @@ def _rest_width(head_dim: int, rotary_dim: int) -> int:
     """
     rest, half = head_dim - rotary_dim, rotary_dim // 2
     return half if rest % half == 0 and rest <= 8 * half else rest
-
-
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    q_eps: float | None,
-    k_eps: float | None,
-) -> None:
-    """What the kernel would not notice itself. The rest of a wrong call, Triton refuses to compile."""
-    if q.dtype not in ACTIVATIONS or not q.dtype == k.dtype == v.dtype:
-        found = dtype_names([q.dtype, k.dtype, v.dtype])
-        raise ValueError(f"arguments q, k, v: expected one dtype of {dtype_names(ACTIVATIONS)}, found {found}")
-    if q.shape[-1] > MAX_HEAD_DIM:
-        raise ValueError(f"argument q: expected a head_dim of at most {MAX_HEAD_DIM}, found {q.shape[-1]}")
-    dtypes = [None if weight is None else weight.dtype for weight in (q_weight, k_weight)]
-    if dtypes[0] != dtypes[1]:
-        raise ValueError(f"arguments q_weight, k_weight: expected two of one dtype or none, found {dtypes}")
-    if (q_eps is None) != (k_eps is None):
-        raise ValueError(f"arguments q_eps, k_eps: expected two or none, found {q_eps}, {k_eps}")
 
 
 def _check_lanes(name: str, head_dim: int, *strides: Size) -> None:
@@ -267,3 +222,26 @@ def _pack(axes: tuple[int, ...]) -> int:
 
 def dtype_names(dtypes: Sequence[torch.dtype]) -> str:
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+# --- the kernel ---------------------------------------------------------------------------------------------------
+
+
+def as_bytes(cache: Any) -> Tensor:
+    """A float8 cache as bytes: Triton has no pointers to some of the formats on some devices."""
+    return cache.view(torch.uint8) if cache.dtype in FLOAT8 else cache
+
+
+def kernel() -> Any:
+    """The kernel itself; imported late, since Triton is not everywhere."""
+    from fx_fusion.kernels.qk_norm_rope_cache.triton.kernel import qk_norm_rope_cache
+
+    return qk_norm_rope_cache
+
+
+@functools.cache
+def with_warps(num_warps: int) -> Any:
+    """The kernel as a graph holds it, with one configuration, hence nothing to tune."""
+    import triton
+
+    return triton.autotune(configs=[triton.Config({}, num_warps=num_warps)], key=[])(kernel())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -77,3 +79,30 @@ def candidates(num_kv_heads: int, head_dim: int, wave_size: int) -> list[Tile]:
         if elements in _ELEMENTS and heads * elements <= _ALL_ELEMENTS and heads <= max(2, num_kv_heads):
             found.append(Tile(tokens, num_warps, heads))
     return found
+
+
+# --- JSON -------------------------------------------------------------------------------------------------------------
+
+#: Bounds, so that no file makes Triton refuse to compile.
+_LARGEST = {"tokens": 256, "num_warps": 16, "heads": 64}
+
+
+def tile_to_json(tile: Tile) -> dict[str, int]:
+    """Token counts of a file are numbers, never symbols, so `heads_per_program` is always None."""
+    return {name: getattr(tile, name) for name in _LARGEST}
+
+
+def tile_from_json(content: Mapping[str, Any]) -> Tile:
+    """
+    Raises:
+        ValueError: it is no tile; the message says what is wrong.
+    """
+    if content.keys() != _LARGEST.keys():
+        raise ValueError(f"a tile has {', '.join(_LARGEST)}, found {dict(content)!r}")
+    return Tile(**{name: _power_of_two(name, content[name], largest) for name, largest in _LARGEST.items()})
+
+
+def _power_of_two(name: str, value: Any, largest: int) -> int:
+    if type(value) is not int or value < 1 or value & (value - 1) or value > largest:
+        raise ValueError(f"a tile's {name} must be a power of two up to {largest}, found {value!r}")
+    return value

@@ -21,10 +21,19 @@ from fx_fusion.patterns.qk_norm_rope_cache.branch.rms_norm import (
     read_weight,
 )
 from fx_fusion.patterns.qk_norm_rope_cache.branch.rope import Lanes, Rope, read_couplings, read_rope
-from fx_fusion.patterns.qk_norm_rope_cache.branch.split import Heads, read_columns, read_heads, take_heads
+from fx_fusion.patterns.qk_norm_rope_cache.branch.split import (
+    Heads,
+    expected_columns,
+    read_columns,
+    read_heads,
+    take_heads,
+)
 from fx_fusion.proof.certificate import certify
-from fx_fusion.proof.floats import prove
+from fx_fusion.proof.evidence import Evidence, Sampled, weakest
+from fx_fusion.proof.prove import prove
+from fx_fusion.proof.reference import Reference
 from fx_fusion.proof.region_function import Frontier, Probe, find_leaves
+from fx_fusion.proof.samples import check_analytic
 from fx_fusion.proof.token_reduction import fewer_tokens
 
 
@@ -42,16 +51,23 @@ class RotatedHeads:
     rope: Rope
     token_dims: tuple[int, ...]
     heads_first: bool
-    error: float
+    evidence: Evidence | None = None
+    """What is known of it; None while it is only read."""
 
     def on(self, leaves: Mapping[Node, Node]) -> RotatedHeads:
-        """The same reading for an equal branch with other leaves."""
+        """The same reading for an equal branch with other leaves; as it is if there are none."""
+        if not leaves:
+            return self
         weight = self.norm.weight
         cos, sin = self.rope.cos, self.rope.sin
+        evidence = self.evidence
+        if isinstance(evidence, Sampled):
+            evidence = replace(evidence, nodes=tuple(leaves.get(node, node) for node in evidence.nodes))
         return replace(
             self,
             norm=replace(self.norm, weight=weight and leaves[weight]),
             rope=replace(self.rope, cos=replace(cos, leaf=leaves[cos.leaf]), sin=replace(sin, leaf=leaves[sin.leaf])),
+            evidence=evidence,
         )
 
     def grid(self, out_shape: Sequence[int], tokens: int) -> tuple[int, int]:
@@ -74,13 +90,25 @@ def read_rotated_heads(branch: Branch, sizes: Sequence[Sizes]) -> RotatedHeads:
     with reaching("certificate"):
         certify(branch)
     short, originals = _at_fewer_tokens(branch, sizes[0])
-    if not originals:
-        return _read_any(branch, sizes)
     try:
         return _read_any(short, sizes).on(originals)
     except Decline as decline:
-        nodes = [originals.get(node, node) for node in decline.nodes]
-        raise Decline(decline.code, decline.found, nodes, decline.reached) from decline
+        reason = _explained(short, decline)
+        nodes = [originals.get(node, node) for node in reason.nodes]
+        raise Decline(reason.code, reason.found, nodes, decline.reached) from decline
+
+
+def _explained(branch: Branch, decline: Decline) -> Decline:
+    """Readers measure floats: where a root spells an absolute value, they may measure noise, and the root is the reason
+    why nothing could be read.
+    """
+    if decline.code.startswith("proof."):
+        return decline
+    try:
+        check_analytic(branch)
+    except Decline as reason:
+        return reason
+    return decline
 
 
 def _at_fewer_tokens(branch: Branch, sizes: Sizes) -> tuple[Branch, dict[Node, Node]]:
@@ -127,8 +155,8 @@ def _read(branch: Branch, leaves: tuple[Node, ...], sizes: Sequence[Sizes]) -> R
         assert first is not None
         raise first
     with reaching("proof"):
-        error = max(_prove(Probe(branch, leaves, each), reading) for each in sizes)
-    return replace(reading, error=error)
+        evidence = weakest([_prove(Probe(branch, leaves, each), reading) for each in sizes])
+    return replace(reading, evidence=evidence)
 
 
 def _head_dims(probe: Probe, columns: int) -> list[int]:
@@ -158,7 +186,7 @@ def _read_heads(probe: Probe, heads: Heads) -> RotatedHeads:
         couplings = read_couplings(probe, heads, neutral, owners, normalised)
         grid = _grid(token_dims, probe.sizes.shape(probe.branch.out.meta["val"]), probe.tokens)
         rope = read_rope(probe, couplings, neutral, weight, grid)
-    return RotatedHeads(heads, Norm(eps, weight, gemma), rope, token_dims, heads_first, error=0.0)
+    return RotatedHeads(heads, Norm(eps, weight, gemma), rope, token_dims, heads_first)
 
 
 def _grid(token_dims: tuple[int, ...], out_shape: Sequence[int], tokens: int) -> tuple[int, int]:
@@ -196,16 +224,17 @@ def rows_of(lanes: Lanes, values: torch.Tensor, grid: tuple[int, int]) -> torch.
     return lanes.take(values.reshape(batch, grid[1], lanes.width))
 
 
-def _prove(probe: Probe, reading: RotatedHeads) -> float:
+def _prove(probe: Probe, reading: RotatedHeads) -> Evidence:
     shape = probe.sizes.shape(probe.branch.out.meta["val"])
     batch, seq = reading.grid(shape, probe.tokens)
     norm, rope = reading.norm, reading.rope
 
     def expected(data: torch.Tensor, leaves: Mapping[Node, torch.Tensor]) -> torch.Tensor:
-        x = take_heads(data.double(), reading.heads).unflatten(0, (batch, seq))
+        x = take_heads(data, reading.heads).unflatten(0, (batch, seq))
         cos, sin = (rows_of(lanes, leaves[lanes.leaf], (batch, seq)) for lanes in (rope.cos, rope.sin))
         weight = leaves[norm.weight] if norm.weight else None
         y = reference.norm_rope(x, weight, norm.eps, norm.gemma, cos, sin, rope.rotary_dim, rope.is_neox)
         return reading.arrange(y).reshape(shape)
 
-    return prove(probe, expected, torch.Generator().manual_seed(1))
+    claim = Reference(expected, expected_columns(reading.heads), norm.eps)
+    return prove(probe, claim, torch.Generator().manual_seed(1))

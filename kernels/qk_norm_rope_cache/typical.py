@@ -5,22 +5,20 @@ A packed projection, one table of cosines and sines, interleaved mRoPE, a flat s
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from fx_fusion.kernels.measure.tuned_file import Shape
 from fx_fusion.kernels.qk_norm_rope_cache.cache_layout import CacheLayout
-from fx_fusion.kernels.qk_norm_rope_cache.examples import SmallProblem
+from fx_fusion.kernels.qk_norm_rope_cache.call import Call, Options
 
 TABLE_ROWS = 4096
 #: A cache is written in blocks that are not all full.
 BLOCK = 16
 
 
-def typical_problem(shape: Shape, num_tokens: int, device: torch.device) -> SmallProblem:
-    """Operands and options of one call for `num_tokens` tokens, on tensors of its own. Values are random."""
+def typical_call(shape: Shape, num_tokens: int, device: torch.device) -> Call[Tensor]:
+    """One call for `num_tokens` tokens, on tensors of its own. Values are random."""
     dtype: torch.dtype = getattr(torch, shape.dtype)
     sizes = [heads * shape.head_dim for heads in (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)]
     projection = torch.randn(1, num_tokens, sum(sizes), dtype=dtype, device=device)
@@ -32,8 +30,8 @@ def typical_problem(shape: Shape, num_tokens: int, device: torch.device) -> Smal
     slots = torch.randperm(num_slots, device=device)[None, :num_tokens]
     cache_size = (1, num_slots, shape.num_kv_heads, shape.head_dim)
     k_cache, v_cache = (torch.zeros(cache_size, dtype=dtype, device=device) for _ in "kv")
-    operands = (q, k, v, weight, weight, cos, sin, positions, slots, None, None, None, k_cache, v_cache)
-    return SmallProblem(operands, _options(shape, k_cache, v_cache))
+    options = _options(shape, k_cache, v_cache)
+    return Call(q, k, v, weight, weight, cos, sin, positions, slots, None, None, None, k_cache, v_cache, options)
 
 
 def _table(rotary_dim: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -43,25 +41,25 @@ def _table(rotary_dim: int, dtype: torch.dtype, device: torch.device) -> tuple[T
     return cos, sin
 
 
-def _options(shape: Shape, k_cache: Tensor, v_cache: Tensor) -> dict[str, Any]:
+def _options(shape: Shape, k_cache: Tensor, v_cache: Tensor) -> Options:
     pairs = shape.rotary_dim // 2
     # Qwen3-VL's sections, [24, 20, 20] of 64 pairs, in proportion.
     section = 20 * pairs // 64
-    return {
-        "k_layout": CacheLayout.of(k_cache, "k_cache"),
-        "v_layout": CacheLayout.of(v_cache, "v_cache"),
-        "k_scale_value": None,
-        "v_scale_value": None,
-        "q_eps": 1e-6,
-        "k_eps": 1e-6,
-        "gemma_norm": False,
-        "rotary_dim": shape.rotary_dim,
-        "is_neox": True,
-        "axes": [pair % 3 if pair < 3 * section else 0 for pair in range(pairs)],
-        "saturate": False,
-        "skip_negative_slots": False,
-        "return_k": False,
-    }
+    return Options(
+        k_layout=CacheLayout.of(k_cache, "k_cache"),
+        v_layout=CacheLayout.of(v_cache, "v_cache"),
+        k_scale_value=None,
+        v_scale_value=None,
+        q_eps=1e-6,
+        k_eps=1e-6,
+        gemma_norm=False,
+        rotary_dim=shape.rotary_dim,
+        is_neox=True,
+        axes=tuple(pair % 3 if pair < 3 * section else 0 for pair in range(pairs)),
+        saturate=False,
+        skip_negative_slots=False,
+        return_k=False,
+    )
 
 
 def bytes_moved(shape: Shape, num_tokens: int) -> int:

@@ -1,0 +1,69 @@
+"""Is it the same function? Values exactly, rounding row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from fx_fusion.decline import Decline
+from fx_fusion.graph import operations as opset
+from fx_fusion.proof.evidence import Evidence, Sampled
+from fx_fusion.proof.field import Comparison, Differs, NotEvaluable, compare
+from fx_fusion.proof.field.draw import scaled_to_squares
+from fx_fusion.proof.field.residues import Residues
+from fx_fusion.proof.floats import check_rounding
+from fx_fusion.proof.reference import Reference
+from fx_fusion.proof.region_function import Probe
+from fx_fusion.proof.samples import sample
+
+
+def prove(probe: Probe, reference: Reference, generator: torch.Generator) -> Evidence:
+    """What is known of the region: that it is the reference, or that it agrees with it on samples.
+
+    Raises:
+        Decline: ``proof.mismatch`` if it is another function or rounds otherwise, ``proof.degree``, and what
+            :func:`~fx_fusion.proof.samples.sample` raises.
+    """
+    verdict = compare(_comparison(probe, reference))
+    if isinstance(verdict, Differs):
+        raise Decline("proof.mismatch", verdict.found, [*verdict.sites, probe.branch.out])
+    if isinstance(verdict, NotEvaluable) and verdict.too_high:
+        raise Decline("proof.degree", f"the region computes a polynomial of {verdict.what}", [probe.branch.out])
+    evidence = _sampled(probe, reference, verdict, generator) if isinstance(verdict, NotEvaluable) else verdict
+    check_rounding(probe, reference, generator)
+    return evidence
+
+
+def _sampled(probe: Probe, reference: Reference, verdict: NotEvaluable, generator: torch.Generator) -> Sampled:
+    return Sampled(sample(probe, reference, generator), verdict.what, verdict.sites)
+
+
+def _comparison(probe: Probe, reference: Reference) -> Comparison:
+    data = probe.branch.data
+
+    def region(inputs: Any, at: Callable[[Any], None]) -> Tensor:
+        return probe.run(inputs[data], {leaf: inputs[leaf] for leaf in probe.leaves}, at=at)
+
+    def expected(inputs: Any) -> Tensor:
+        return reference.run(inputs[data], {leaf: inputs[leaf] for leaf in probe.leaves})
+
+    def with_roots(field: Residues, values: dict[Any, Tensor], fresh: Callable[..., Tensor]) -> None:
+        rows = values[data][:, reference.columns]
+        values[data][:, reference.columns] = scaled_to_squares(field, rows, reference.eps or 0.0, fresh)
+
+    return Comparison(
+        region,
+        expected,
+        {data: (probe.tokens, probe.columns), **{leaf: probe.leaf_shape(leaf) for leaf in probe.leaves}},
+        None if reference.eps is None else with_roots,
+        {reference.eps} if reference.eps is not None else (),
+        _text(probe.branch.nodes),
+    )
+
+
+def _text(nodes: tuple[Node, ...]) -> str:
+    return "; ".join(f"{node} = {node.target}{node.args}{node.kwargs}" for node in nodes if not opset.is_symbolic(node))
