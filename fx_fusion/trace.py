@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import re
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
@@ -17,15 +16,14 @@ from torch.fx import GraphModule
 
 from fx_fusion.config import Config
 from fx_fusion.fusion_pass import FusionPass, cpu_by_default
+from fx_fusion.graph.post_grad import compile_post_grad, input_names
 from fx_fusion.graph.torch_compat import (
     FakeCopyMode,
     FakeTensor,
     FakeTensorMode,
     ShapeEnv,
-    compile_fx,
     pytree,
     reset_dynamo,
-    view_to_reshape,
 )
 from fx_fusion.kernels.capture_guard import only_warm
 from fx_fusion.kernels.target import Target
@@ -37,33 +35,19 @@ def compile_eager(
     gm: GraphModule, example_inputs: Sequence[Any], config: Config, observer: Observer = NOBODY
 ) -> Callable[..., Any]:
     """Rewrite the graph and run it node by node, uncompiled."""
+    graph_pass = FusionPass(config, observer=observer)
 
-    def run_pass(graph_module: GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
-        _as_post_grad(
-            graph_module, FusionPass(config, observer=observer), is_inference=bool(kwargs.get("is_inference", False))
-        )
-        return _boxed(graph_module)
+    def finish(module: GraphModule, is_inference: bool) -> Callable[..., Any]:
+        graph_pass(module.graph, is_inference)
+        module.recompile()
 
-    inner: Any = run_pass
-    return compile_fx(gm, example_inputs, inner_compile=inner, config_patches={"force_disable_caches": True})
+        def run(*arguments: Any) -> Any:
+            with only_warm("a Triton kernel"):
+                return module(*arguments)
 
+        return run
 
-def _as_post_grad(gm: GraphModule, graph_pass: FusionPass, *, is_inference: bool) -> None:
-    """What Inductor does to the graph before it calls a custom pass, and the pass."""
-    view_to_reshape(gm)
-    graph_pass(gm.graph, is_inference)
-    gm.recompile()
-
-
-def _boxed(gm: GraphModule) -> Callable[[list[Any]], Any]:
-    def call(inputs: list[Any]) -> Any:
-        arguments = list(inputs)
-        inputs.clear()
-        with only_warm("a Triton kernel"):
-            return gm(*arguments)
-
-    call._boxed_call = True  # type: ignore[attr-defined]
-    return call
+    return compile_post_grad(gm, example_inputs, finish)
 
 
 def explain(fn: Callable[..., Any], *args: Any, target: str | None = None, **kwargs: Any) -> FusionReport:
@@ -94,7 +78,7 @@ def explain_to(
 
     def backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         before = REPORTS.snapshot()
-        observer.names(_input_names(gm))
+        observer.names(input_names(gm))
         compiled = compile_eager(gm, example_inputs, config, observer)
         reports.extend(REPORTS.since(before))
         return compiled
@@ -108,22 +92,6 @@ def explain_to(
         finally:
             reset_dynamo()
     return merge(reports)
-
-
-def _input_names(gm: GraphModule) -> list[str]:
-    """What the user calls each input of Dynamo's graph: ``self.layers.0.self_attn.q_norm.weight``."""
-    placeholders = (node for node in gm.graph.nodes if node.op == "placeholder")
-    return [_user_name(getattr(node.meta.get("grapharg"), "source", None), str(node.target)) for node in placeholders]
-
-
-def _user_name(source: Any, fallback: str) -> str:
-    try:
-        name = str(source.name() if callable(source.name) else source.name)
-    except (AttributeError, NotImplementedError):
-        return fallback
-    name = re.sub(r"\._(?:modules|parameters|buffers)\['(\w+)'\]", r".\1", name)
-    name = re.sub(r"^L\['kwargs'\]\['(\w+)'\]", r"\1", name)
-    return re.sub(r"L\['(\w+)'\]", r"\1", name)
 
 
 def merge(reports: Sequence[FusionReport]) -> FusionReport:

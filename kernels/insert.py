@@ -14,7 +14,7 @@ import torch
 from torch.fx import Node
 
 from fx_fusion.graph.edit import Emitter
-from fx_fusion.graph.nodes import value_of
+from fx_fusion.graph.operations import value_of
 from fx_fusion.graph.sizes import same
 from fx_fusion.graph.torch_compat import auto_functionalized_v2
 from fx_fusion.kernels.call import AnyCall, to_arguments, written_names

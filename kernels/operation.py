@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fx_fusion.decline import Decline
 from fx_fusion.graph.edit import Emitter
-from fx_fusion.graph.nodes import value_of
+from fx_fusion.graph.operations import value_of
 from fx_fusion.graph.torch_compat import OpOverload
 from fx_fusion.kernels.call import AnyCall, changed_defaults, schema, tensor_names, written_names
 from fx_fusion.kernels.capture_guard import only_warm

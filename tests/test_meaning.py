@@ -403,6 +403,16 @@ def test_a_meaning_with_another_number_of_results_is_refused():
         assert "its meaning gives NoneType" in declined(Opaque(), "meaning.outputs").reason
 
 
+def test_a_meaning_that_calls_an_operation_that_writes_is_refused():
+    def by_another(x, weight, epsilon, variance_size=None):
+        result = torch.empty_like(x)
+        OPS.rms_norm(result, x, weight, epsilon)
+        return result
+
+    with instead("ir_rms_norm", by_another):
+        assert "it calls opaque_test.rms_norm.default, which writes" in declined(Opaque(), "meaning.raises").reason
+
+
 def test_a_meaning_that_writes_more_than_the_operation_is_refused():
     def scales_its_input(x, weight, epsilon, variance_size=None):
         return vllm.ir_rms_norm(x.mul_(1), weight, epsilon)

@@ -31,8 +31,7 @@ from fx_fusion.fusion import Assessment, Fusion
 from fx_fusion.graph import operations as opset
 from fx_fusion.graph.analysis import Facts
 from fx_fusion.graph.edit import Emitter
-from fx_fusion.graph.nodes import value_of
-from fx_fusion.graph.operations import aten
+from fx_fusion.graph.operations import aten, value_of
 from fx_fusion.graph.paths import Branch, branch_key, is_moved_from, strip_aliases
 from fx_fusion.graph.sizes import Sizes
 from fx_fusion.graph.tracing import Functional, NotTraceable, trace

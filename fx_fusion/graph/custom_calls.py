@@ -17,7 +17,7 @@ from torch.fx import Node
 from torch.fx.node import map_aggregate
 
 from fx_fusion.decline import Decline
-from fx_fusion.graph.nodes import value_of
+from fx_fusion.graph.operations import value_of
 from fx_fusion.graph.strided import Box, box_of, cut, disjoint, whole
 from fx_fusion.graph.torch_compat import (
     AliasViewInfo,

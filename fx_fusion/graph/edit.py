@@ -13,8 +13,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate
 
-from fx_fusion.graph.nodes import value_of
-from fx_fusion.graph.operations import aten
+from fx_fusion.graph.operations import aten, value_of
 from fx_fusion.graph.sizes import same
 from fx_fusion.graph.torch_compat import FakeTensor, FloorDiv, Min, pytree
 

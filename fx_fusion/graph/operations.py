@@ -58,6 +58,17 @@ _UNKNOWN = Row()
 _INTEGERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})
 
 
+def node_of(value: Any) -> Node:
+    """`value`, which must be a node."""
+    assert isinstance(value, Node), value
+    return value
+
+
+def value_of(value: Any) -> Any:
+    """The fake value of a node; of anything else, itself."""
+    return value.meta["val"] if isinstance(value, Node) else value
+
+
 def row(node: Node) -> Row:
     """What is known of the operation that `node` calls."""
     return TABLE.get(node.target, _UNKNOWN)

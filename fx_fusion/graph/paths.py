@@ -21,8 +21,7 @@ from torch.fx import Node
 from fx_fusion.decline import Decline
 from fx_fusion.graph import operations as opset
 from fx_fusion.graph.analysis import Facts, freeze
-from fx_fusion.graph.nodes import node_of
-from fx_fusion.graph.operations import aten
+from fx_fusion.graph.operations import aten, node_of
 from fx_fusion.graph.sizes import Sizes, same
 
 

@@ -23,8 +23,7 @@ from fx_fusion.decline import Decline
 from fx_fusion.graph import operations as opset
 from fx_fusion.graph.analysis import Facts, freeze
 from fx_fusion.graph.custom_calls import operation
-from fx_fusion.graph.nodes import node_of
-from fx_fusion.graph.operations import aten
+from fx_fusion.graph.operations import aten, node_of
 from fx_fusion.graph.paths import alias_steps, angles_after_projection, strip_aliases, strip_views
 from fx_fusion.graph.sizes import same
 

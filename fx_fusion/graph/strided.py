@@ -1,11 +1,12 @@
-"""Rectangular parts of a tensor: for each of its dimensions, where the part starts and how long it is.
+"""Parts of a tensor, told by sizes and strides alone: without looking at values, what reads what another one wrote.
 
-A view of a projection (the query's columns, as heads) is such a part. Boxes tell, without looking at values, whether a
-read finds what was written to another part.
+A *box* is a rectangular part: for each dimension of the tensor, where the part starts and how long it is. A view of a
+projection (the query's columns, as heads) is such a part. What is no box is the set of elements that *dims* reach.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,6 +20,11 @@ from fx_fusion.graph.sizes import quotient, same
 Size = int | torch.SymInt
 Box = tuple[tuple[Size, Size], ...]
 """(start, length) for each dimension."""
+Dims = Sequence[tuple[int, int]]
+"""(size, stride) of each dimension; strides are not negative."""
+
+#: Steps of the search for an element that two parts share, beyond which the answer is that there may be one.
+_PATIENCE = 10_000
 
 
 def _known(*sizes: Any) -> bool:
@@ -162,3 +168,42 @@ def chain(node: Any) -> tuple[list[tuple[Box, Node, Node]], Node]:
         found.append((box, value, node))  # type: ignore[arg-type]
         node = base
     return found, node
+
+
+# --- parts that are no boxes -----------------------------------------------------------------------------------------
+
+
+def may_overlap(first: Dims, first_offset: int, second: Dims, second_offset: int) -> bool:
+    """False if no element lies in both regions; True if one does, or if that is not found out soon.
+
+    Dimensions that both have, such as blocks and slots, differ by a whole number of steps from one region to the
+    other; of the others only how far they reach counts.
+    """
+    ours, theirs = (Counter((size, stride) for size, stride in dims if size > 1) for dims in (first, second))
+    common = sorted((ours & theirs).elements(), key=lambda dim: -dim[1])
+    reach = [
+        sum((size - 1) * stride for size, stride in (dims - (ours & theirs)).elements()) for dims in (ours, theirs)
+    ]
+    return _meets(second_offset - first_offset, common, -reach[1], reach[0])
+
+
+def _meets(distance: int, steps: Dims, low: int, high: int) -> bool:
+    """Is there an n within ± (size - 1) for each (size, stride) such that distance + Σ n · stride is within bounds?"""
+    patience = _PATIENCE
+    stack = [(distance, 0)]
+    while stack:
+        distance, depth = stack.pop()
+        patience -= 1
+        if patience < 0:
+            return True
+        if depth == len(steps):
+            if low <= distance <= high:
+                return True
+            continue
+        size, stride = steps[depth]
+        rest = sum((n - 1) * s for n, s in steps[depth + 1 :])
+        # distance + n · stride must come within `rest` of the bounds.
+        fewest = max(1 - size, -((distance + rest - low) // stride)) if stride else 0
+        most = min(size - 1, (high + rest - distance) // stride) if stride else 0
+        stack.extend((distance + n * stride, depth + 1) for n in range(fewest, min(most, fewest + _PATIENCE) + 1))
+    return False

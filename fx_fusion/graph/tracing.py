@@ -7,15 +7,14 @@ Triton kernel inside ``torch.library.triton_op`` becomes a launch that Inductor 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.node import map_aggregate
 
-from fx_fusion.graph.nodes import value_of
+from fx_fusion.graph.edit import fake_run
 from fx_fusion.graph.torch_compat import (
     FAKE_TENSOR_LOG,
     FakeTensor,
@@ -70,37 +69,49 @@ def trace(fn: Callable[..., Any], tensors: Mapping[str, torch.Tensor], others: M
             that is no parameter.
     """
     names = list(tensors)
-    seen: dict[str, Any] = {}
+    leaves: list[Any] = []
 
-    def functionalised(*fakes: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        with FunctionalTensorMode():
-            wrapped = [FunctionalTensor.to_functional(fake) for fake in fakes]
-            result = fn(**dict(zip(names, wrapped, strict=True)), **others)
-            leaves = [leaf for leaf in pytree.tree_leaves(result) if leaf is not None]
-            seen["leaves"] = leaves
-            return [unwrapped(leaf) for leaf in leaves if isinstance(leaf, FunctionalTensor)], list(
-                map(unwrapped, wrapped)
-            )
+    def run(*given: torch.Tensor) -> list[Any]:
+        result = fn(**dict(zip(names, given, strict=True)), **others)
+        leaves[:] = [leaf for leaf in pytree.tree_leaves(result) if leaf is not None]
+        return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
-    try:
-        with _tracing(tensors) as table:
-            module = make_fx(functionalised, decomposition_table=table, tracing_mode="real")(*tensors.values())
-    except Exception as error:
-        raise NotTraceable(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
-    strangers = [leaf for leaf in seen["leaves"] if not isinstance(leaf, FunctionalTensor)]
-    if strangers:
-        raise NotTraceable(f"it returns {strangers[0]!r}; expected tensors")
+    module = functional_graph(run, list(tensors.values()))
+    stranger = next((leaf for leaf in leaves if not isinstance(leaf, torch.Tensor)), None)
+    if stranger is not None:
+        raise NotTraceable(f"it returns {stranger!r}; expected tensors")
     for node in module.graph.nodes:
         if node.op == "call_function" and "val" not in node.meta:
-            with _tracing(tensors):
-                node.meta["val"] = _fake_run(node)
+            # It returns nothing of its own.
+            with _tracing(tensors.values()):
+                node.meta["val"] = fake_run(node, None)
     return _functional(module, names)
 
 
-def _fake_run(node: Node) -> Any:
-    """The fake value of an operation that PyTorch leaves without one, because it returns nothing of its own."""
-    args, kwargs = map_aggregate((node.args, node.kwargs), value_of)
-    return node.target(*args, **kwargs)  # type: ignore[operator]
+def functional_graph(
+    fn: Callable[..., Any], inputs: Sequence[Any], decomposed: Mapping[Any, Callable[..., Any]] | None = None
+) -> GraphModule:
+    """``fn(*inputs)`` as a graph that returns (what `fn` returns, each input as it is afterwards).
+
+    Args:
+        inputs: fake tensors, all of one mode, and symbolic sizes.
+        decomposed: decompositions besides those that Inductor applies.
+
+    Raises:
+        NotTraceable: `fn` raised; with the first line of what it said.
+    """
+
+    def functional(*given: Any) -> Any:
+        with FunctionalTensorMode():
+            wrapped = pytree.tree_map_only(torch.Tensor, FunctionalTensor.to_functional, list(given))
+            return pytree.tree_map_only(FunctionalTensor, unwrapped, (fn(*wrapped), wrapped))
+
+    try:
+        with _tracing(inputs):
+            table = {**decompositions(), **(decomposed or {})}
+            return make_fx(functional, decomposition_table=table, tracing_mode="real")(*inputs)
+    except Exception as error:
+        raise NotTraceable(f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}") from error
 
 
 @contextlib.contextmanager
@@ -121,10 +132,10 @@ def fakes_like(shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> dic
 
 
 @contextlib.contextmanager
-def _tracing(tensors: Mapping[str, torch.Tensor]) -> Generator[Any]:
-    mode = next(tensor.fake_mode for tensor in tensors.values() if isinstance(tensor, FakeTensor))
+def _tracing(tensors: Iterable[Any]) -> Generator[None]:
+    mode = next(tensor.fake_mode for tensor in tensors if isinstance(tensor, FakeTensor))
     with quiet(), disable_current_modes(), mode, enable_python_dispatcher(), torch.no_grad(), tracing(None):
-        yield decompositions()
+        yield
 
 
 def _functional(module: GraphModule, names: list[str]) -> Functional:

@@ -17,8 +17,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
+from fx_fusion.graph.post_grad import boxed, input_names, placeholders
 from fx_fusion.graph.torch_compat import (
     FakeCopyMode,
     FakeTensor,
@@ -125,7 +126,7 @@ def _recorder(traced: Trace) -> Callable[..., Any]:
         def record(aten: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
             _tell_names(gm, aten)
             traced.graphs.append(TracedGraph(GraphModule(gm, before), aten, _static(aten), _break_of(gm)))
-            return _boxed(aten)
+            return boxed(aten)
 
         compiler: Any = record
         return aot_module(
@@ -140,33 +141,11 @@ def _recorder(traced: Trace) -> Callable[..., Any]:
     return backend
 
 
-def _boxed(gm: GraphModule) -> Callable[[list[Any]], Any]:
-    def call(inputs: list[Any]) -> Any:
-        arguments = list(inputs)
-        inputs.clear()
-        return gm(*arguments)
-
-    call._boxed_call = True  # type: ignore[attr-defined]
-    return call
-
-
 def _tell_names(dynamo: GraphModule, aten: GraphModule) -> None:
     """Each placeholder's name as the user writes it: ``meta["user_name"]``."""
-    theirs, ours = placeholders(dynamo), placeholders(aten)
-    if len(theirs) != len(ours):
-        return
-    for node, its_origin in zip(ours, theirs, strict=True):
-        source: Any = getattr(its_origin.meta.get("grapharg"), "source", None)
-        name = getattr(source, "name", None)
-        told = name() if callable(name) else name
-        if isinstance(told, str):
-            node.meta["user_name"] = _as_written(told)
-
-
-def _as_written(source: str) -> str:
-    """``L['self']._modules['norm']._parameters['weight']`` is ``self.norm.weight``."""
-    name = re.sub(r"^[LG]\['(\w+)'\]", r"\1", source)
-    return re.sub(r"\._(?:modules|parameters|buffers)\['(\w+)'\]", r".\1", name)
+    names, ours = input_names(dynamo), placeholders(aten)
+    for node, name in zip(ours, names, strict=True) if len(names) == len(ours) else ():
+        node.meta["user_name"] = name
 
 
 def _static(aten: GraphModule) -> frozenset[str]:
@@ -244,10 +223,6 @@ def _name_devices(gm: GraphModule, stood_for_it: torch.device) -> None:
         for value in pytree.tree_leaves(node.meta.get("val")):
             if isinstance(value, FakeTensor) and value.fake_device == stood_for_it:
                 value.fake_device = GPU
-
-
-def placeholders(gm: GraphModule) -> list[Node]:
-    return [node for node in gm.graph.nodes if node.op == "placeholder"]
 
 
 def where_it_failed(error: Exception) -> str | None:

@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.node import map_aggregate
 
 from fx_fusion.config import Config
 from fx_fusion.fusion_pass import apply
-from fx_fusion.graph.nodes import value_of
-from fx_fusion.graph.torch_compat import compile_fx, pytree, reset_dynamo, view_to_reshape
+from fx_fusion.graph.edit import fake_run
+from fx_fusion.graph.post_grad import compile_post_grad
+from fx_fusion.graph.torch_compat import pytree, reset_dynamo
 from fx_fusion.graph.tracing import quiet
 from fx_fusion.mutation.changes import propose
 from fx_fusion.mutation.region import is_store, region, tensor_of
@@ -101,22 +101,17 @@ def capture(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, An
     """
     found: list[tuple[GraphModule, tuple[Any, ...]]] = []
 
-    def inner(gm: GraphModule, _: Sequence[Any], **__: Any) -> Callable[..., Any]:
-        view_to_reshape(gm)
+    def finish(gm: GraphModule, _: bool) -> Callable[..., Any]:
         gm.recompile()
 
-        def call(inputs: list[Any]) -> Any:
-            arguments = list(inputs)
-            inputs.clear()
+        def run(*arguments: Any) -> Any:
             found.append((gm, tuple(copies(arguments))))
             return gm(*arguments)
 
-        call._boxed_call = True  # type: ignore[attr-defined]
-        return call
+        return run
 
     def backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Any:
-        hook: Any = inner
-        return compile_fx(gm, example_inputs, inner_compile=hook, config_patches={"force_disable_caches": True})
+        return compile_post_grad(gm, example_inputs, finish)
 
     reset_dynamo()
     try:
@@ -161,19 +156,12 @@ def _refresh(graph: Graph) -> bool:
             continue
         before = node.meta.get("val")
         try:
-            node.meta["val"] = _fake_run(node)
+            node.meta["val"] = fake_run(node, node.meta.get("val"))
         except Exception:
             return False
         if _layouts(before) != _layouts(node.meta["val"]):
             changed.add(node)
     return True
-
-
-def _fake_run(node: Node) -> Any:
-    args, kwargs = map_aggregate((node.args, node.kwargs), value_of)
-    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs, node.meta.get("val"))) if hasattr(leaf, "fake_mode")]
-    with tensors[0].fake_mode:
-        return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def _layouts(value: Any) -> list[Any]:

@@ -14,8 +14,7 @@ from fx_fusion.graph import operations as opset
 from fx_fusion.graph import strided as boxes
 from fx_fusion.graph.custom_calls import OpaqueCall, Part
 from fx_fusion.graph.edit import Emitter, fake_run
-from fx_fusion.graph.nodes import value_of
-from fx_fusion.graph.operations import aten
+from fx_fusion.graph.operations import aten, value_of
 from fx_fusion.graph.torch_compat import auto_functionalized_v2, pytree
 from fx_fusion.semantics.compare import Comparison
 from fx_fusion.semantics.meaning import Meaning

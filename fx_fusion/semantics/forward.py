@@ -12,8 +12,7 @@ from torch.fx.node import map_aggregate
 from fx_fusion.graph import operations as opset
 from fx_fusion.graph import strided as boxes
 from fx_fusion.graph.edit import Emitter, fake_mode_of
-from fx_fusion.graph.nodes import value_of
-from fx_fusion.graph.operations import aten
+from fx_fusion.graph.operations import aten, value_of
 from fx_fusion.graph.paths import strip_aliases
 from fx_fusion.graph.strided import Box
 from fx_fusion.semantics.expand import Expansion

@@ -19,8 +19,7 @@ from fx_fusion.decline import Decline
 from fx_fusion.graph import strided as boxes
 from fx_fusion.graph.custom_calls import OpaqueCall, Part, operation, read_call
 from fx_fusion.graph.edit import Emitter
-from fx_fusion.graph.nodes import value_of
-from fx_fusion.graph.operations import aten
+from fx_fusion.graph.operations import aten, value_of
 from fx_fusion.graph.sizes import Sizes, admissible_sizes
 from fx_fusion.graph.torch_compat import OpOverload, pytree
 from fx_fusion.semantics.compare import COMPARISONS

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.func import functionalize
 from torch.fx import GraphModule, Node
 
 from fx_fusion.graph.operations import aten
-from fx_fusion.graph.torch_compat import FakeTensor, FakeTensorMode, OpOverload, decompositions, make_fx, pytree
+from fx_fusion.graph.post_grad import placeholders
+from fx_fusion.graph.torch_compat import OpOverload, auto_functionalized, auto_functionalized_v2, pytree
+from fx_fusion.graph.tracing import NotTraceable, functional_graph
 from fx_fusion.semantics.meaning import arrange, call_meaning
 
 
@@ -53,8 +54,7 @@ def trace(
     """
     flat, spec = pytree.tree_flatten(dict(arguments))
     places = [i for i, value in enumerate(flat) if is_input(value)]
-    mode = next((flat[i].fake_mode for i in places if isinstance(flat[i], FakeTensor)), None)
-    if mode is None:
+    if not any(isinstance(flat[i], torch.Tensor) for i in places):
         raise NoMeaning("none of its arguments is a tensor")
 
     def run(*inputs: Any) -> Any:
@@ -65,11 +65,16 @@ def trace(
         results = call_meaning(fn, op, given)
         return results, [given[name] for name in written]
 
-    module = _make_fx(run, mode, [flat[i] for i in places])
-    results, after = module.graph.output_node().args[0], len(written)
-    outputs = tuple(pytree.tree_leaves(results, is_leaf=lambda value: value is None or isinstance(value, Node)))
+    # One tensor may be given as several arguments, which the graph takes apart.
+    separate = [flat[i].detach() if isinstance(flat[i], torch.Tensor) else flat[i] for i in places]
+    try:
+        module = functional_graph(run, separate, {aten.copy.default: _copied})
+    except NotTraceable as error:
+        raise NoMeaning(f"it raises {error}") from error
     names = [name for name, value in arguments.items() for leaf in pytree.tree_leaves(value) if is_input(leaf)]
-    _clean(module, names, written)
+    returned = _clean(module, names, written)
+    outputs = tuple(pytree.tree_leaves(returned, is_leaf=lambda value: value is None or isinstance(value, Node)))
+    after = len(written)
     expected = len(op._schema.returns) + after
     if len(outputs) != expected + (0 if op._schema.returns else 1) and len(outputs) != expected:
         raise NoMeaning(f"it returns {len(outputs) - after} values, the operation {len(op._schema.returns)}")
@@ -85,20 +90,6 @@ def is_input(value: Any) -> bool:
     return isinstance(value, (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool))
 
 
-def _make_fx(run: Callable[..., Any], mode: FakeTensorMode, inputs: Sequence[Any]) -> GraphModule:
-    table = {**decompositions(), aten.copy.default: _copied}
-    separate = [value.detach() if isinstance(value, torch.Tensor) else value for value in inputs]
-    try:
-        with mode, torch.no_grad():
-            return make_fx(functionalize(run, remove="mutations"), decomposition_table=table)(*separate)
-    except Exception as error:
-        raise NoMeaning(f"it raises {type(error).__name__}: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "")
-
-
 def _copied(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
     """``target.copy_(source)`` is the source, in the target's shape and dtype."""
     if source.dtype != target.dtype:
@@ -106,18 +97,25 @@ def _copied(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = Fal
     return source if source.shape == target.shape else source.expand_as(target)
 
 
-def _clean(module: GraphModule, names: Sequence[str], written: Sequence[str]) -> None:
-    """Drop copies back into written arguments, and what is dead. Placeholder i belongs to the argument `names[i]`."""
+def _clean(module: GraphModule, names: Sequence[str], written: Sequence[str]) -> Any:
+    """Drop what is dead. Returns what the function returns, and what `written` holds afterwards.
+
+    Placeholder i belongs to the argument `names[i]`.
+    """
     graph = module.graph
-    name_of = dict(zip(graph.find_nodes(op="placeholder"), names, strict=True))
-    for node in list(graph.nodes):
-        if node.op == "get_attr":
-            raise NoMeaning("it uses a tensor that is not an argument; pass it, or compute it (torch.arange)")
-        if node.target is aten.copy_.default and node.args[0] in name_of:
-            if name_of[node.args[0]] not in written:
-                raise NoMeaning(f"it writes {name_of[node.args[0]]!r}, which the operation does not")
-            graph.erase_node(node)
+    if graph.find_nodes(op="get_attr"):
+        raise NoMeaning("it uses a tensor that is not an argument; pass it, or compute it (torch.arange)")
+    writer = next((node for node in graph.nodes if node.target in (auto_functionalized, auto_functionalized_v2)), None)
+    if writer is not None:
+        raise NoMeaning(f"it calls {writer.args[0]}, which writes in place; write what that does in plain PyTorch")
+    output: Any = graph.output_node()
+    returned, after = output.args[0]
+    for name, before, now in zip(names, placeholders(module), after, strict=True):
+        if now is not before and name not in written:
+            raise NoMeaning(f"it writes {name!r}, which the operation does not")
+    output.args = (returned,)
     graph.eliminate_dead_code()
     impure = next((node for node in graph.nodes if node.op == "call_function" and node.is_impure()), None)
     if impure is not None:
         raise NoMeaning(f"it has a side effect: {impure.target}")
+    return returned

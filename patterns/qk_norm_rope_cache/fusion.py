@@ -14,8 +14,8 @@ from fx_fusion.graph import operations as opset
 from fx_fusion.graph.analysis import Facts
 from fx_fusion.graph.custom_calls import operation
 from fx_fusion.graph.edit import FakeEmitter
-from fx_fusion.graph.overlap import may_overlap
 from fx_fusion.graph.sizes import Sizes
+from fx_fusion.graph.strided import may_overlap
 from fx_fusion.kernels.qk_norm_rope_cache.call import Call
 from fx_fusion.kernels.qk_norm_rope_cache.operation import OPERATION
 from fx_fusion.kernels.target import Target

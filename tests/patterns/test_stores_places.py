@@ -6,7 +6,7 @@ import pytest
 import torch
 from prologue import HEAD_DIM, HIDDEN, NUM_KV_HEADS, SLOTS, Prologue, arguments
 
-from fx_fusion.graph.overlap import may_overlap
+from fx_fusion.graph.strided import may_overlap
 from fx_fusion.mutation.mutants import capture
 from fx_fusion.testing import assert_declines, assert_fuses
 

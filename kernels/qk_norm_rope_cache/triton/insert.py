@@ -9,8 +9,7 @@ from torch.fx import Node
 from torch.fx.node import map_aggregate
 
 from fx_fusion.graph.edit import Emitter, fake_mode_of
-from fx_fusion.graph.nodes import value_of
-from fx_fusion.graph.operations import aten
+from fx_fusion.graph.operations import aten, value_of
 from fx_fusion.graph.torch_compat import kernel_side_table, triton_kernel_wrapper_functional
 from fx_fusion.kernels.insert import Results, value_after
 from fx_fusion.kernels.qk_norm_rope_cache.call import Call, with_typed_caches

@@ -10,8 +10,7 @@ from torch.fx import Node
 
 from fx_fusion.decline import Decline
 from fx_fusion.graph.analysis import Facts
-from fx_fusion.graph.nodes import node_of
-from fx_fusion.graph.operations import aten
+from fx_fusion.graph.operations import aten, node_of
 from fx_fusion.graph.paths import strip_views
 from fx_fusion.graph.sizes import Sizes
 from fx_fusion.graph.store_site import Store

@@ -10,8 +10,7 @@ from torch.fx import Node
 
 from fx_fusion.decline import Decline
 from fx_fusion.graph import operations as opset
-from fx_fusion.graph.nodes import value_of
-from fx_fusion.graph.operations import aten, prims
+from fx_fusion.graph.operations import aten, prims, value_of
 from fx_fusion.graph.paths import strip_views
 from fx_fusion.graph.sizes import Sizes, same
 from fx_fusion.graph.store_site import Store

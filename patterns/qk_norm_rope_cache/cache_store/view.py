@@ -11,10 +11,10 @@ from torch.fx import Node
 from fx_fusion.decline import Decline
 from fx_fusion.graph import operations as opset
 from fx_fusion.graph.operations import SCATTERS, aten
-from fx_fusion.graph.overlap import may_overlap
 from fx_fusion.graph.paths import alias_steps
 from fx_fusion.graph.sizes import Sizes
 from fx_fusion.graph.store_site import Store
+from fx_fusion.graph.strided import may_overlap
 from fx_fusion.graph.torch_compat import pytree
 
 
