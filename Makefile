@@ -1,4 +1,5 @@
 # make demo: install and run the main job on this machine's device.   make test: install and run the tests.
+# make test-fast: without what compiles whole models.
 # make amd-acceptance: on a ROCm machine, everything that it can tell, in one report.
 # make engines: the tests with the real vLLM on a CPU, in an environment of its own (2 GB, under build/engines or where
 # ENGINE_WORK says); ENGINES=engines_short for a few minutes of them.
@@ -13,7 +14,7 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 # An environment that is made from another sees that one's packages by this path only.
 SITE := 'import sysconfig; print(sysconfig.get_path("purelib"))'
 
-.PHONY: setup demo test lint docs site package coverage engines amd-acceptance clean
+.PHONY: setup demo test test-fast lint docs site package coverage engines amd-acceptance clean
 
 setup: $(VENV)/.installed
 
@@ -40,6 +41,9 @@ demo: setup
 
 test: setup
 	$(RUN) -m pytest -n 2
+
+test-fast: setup
+	$(RUN) -m pytest -n 2 -m "not slow and not engines"
 
 lint: setup
 	$(RUN) -m ruff check .

@@ -30,6 +30,7 @@ def suite(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_a_run_of_tests_is_counted_with_its_reasons(suite, tmp_path):
     step = Step("some tests", (sys.executable, "-m", "pytest", "-q", "-c", "/dev/null", str(suite)), tests=True)
     outcome = acceptance.run(step, tmp_path)

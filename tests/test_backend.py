@@ -105,6 +105,7 @@ def test_mode_and_inductor_options_pass_through():
     assert len(fx_fusion.last_report().fused) == 1
 
 
+@pytest.mark.slow
 def test_mode_without_options():
     compile_and_run(Prologue(), arguments(), mode="max-autotune-no-cudagraphs")
     assert len(fx_fusion.last_report().recognised) == 1
@@ -119,6 +120,7 @@ def test_fusion_pass_in_another_pipeline():
     assert len(fx_fusion.last_report().fused) == 1
 
 
+@pytest.mark.slow
 def test_auto_rewrites_nothing_on_a_cpu_and_says_so():
     compile_and_run(Prologue(), arguments())
     report = fx_fusion.last_report()
@@ -156,12 +158,14 @@ def test_require_fails_with_the_report():
     assert "rewritten by reference" in str(failed.value)
 
 
+@pytest.mark.slow
 def test_require_ignores_graphs_without_a_store():
     with torch.no_grad():
         compiled = torch.compile(torch.nn.ReLU(), backend="fx_fusion", options={"fx_fusion.require": 1})
         assert compiled(torch.ones(2)).sum() == 2
 
 
+@pytest.mark.slow
 def test_training_is_declined_and_still_trains():
     model, (x, positions, slots, *_) = Prologue(), arguments()
 
@@ -188,12 +192,14 @@ def test_environment_with_an_unknown_kernel(monkeypatch):
         compile_and_run(Prologue(), arguments())
 
 
+@pytest.mark.slow
 def test_environment_disables(monkeypatch):
     monkeypatch.setenv("FX_FUSION_DISABLE", "1")
     compile_and_run(Prologue(), arguments(), options=REFERENCE)
     assert [layer.code for layer in fx_fusion.last_report().layers] == ["graph.disabled"]
 
 
+@pytest.mark.slow
 def test_fuel_stops_after_n(monkeypatch):
     from fx_fusion import fusion_pass
 
@@ -273,6 +279,7 @@ def test_uuid_follows_what_the_result_depends_on(monkeypatch):
     assert fx_fusion.FusionPass().uuid() is None
 
 
+@pytest.mark.slow
 def test_two_models_that_differ_in_a_buffer_only():
     """Values of graph inputs are operands: the second model must not get the first one's."""
     first, second = Prologue(), Prologue()

@@ -47,6 +47,7 @@ def launches(graph):
     return graph.find_nodes(op="call_function", target=triton_kernel_wrapper_mutation)
 
 
+@pytest.mark.slow
 def test_every_layer_launches_the_kernel_and_no_cache_is_cloned(lowered):
     run = Run("qwen3_vl_text", torch.bfloat16)
     run.prefill()
@@ -57,6 +58,7 @@ def test_every_layer_launches_the_kernel_and_no_cache_is_cloned(lowered):
     assert not [node for node in clones if node.meta["val"].numel() in cache_sizes], clones
 
 
+@pytest.mark.slow
 def test_operands_arrive_with_the_strides_of_the_launch(lowered):
     run = Run("qwen3", torch.bfloat16)
     run.prefill()
@@ -68,6 +70,7 @@ def test_operands_arrive_with_the_strides_of_the_launch(lowered):
             assert stride[:3] == tuple(constants[f"{name}_{dim}_stride"] for dim in ("batch", "token", "head"))
 
 
+@pytest.mark.slow
 def test_a_symbolic_number_of_tokens_reaches_the_launch(lowered):
     run = Run("qwen3_vl_text", torch.bfloat16)
     run.prefill()

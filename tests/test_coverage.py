@@ -10,6 +10,7 @@ from models import FAMILIES, FURTHER
 DECLINED = {"olmo2": "norm.not_per_head"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FURTHER)
 def test_a_decode_step_fuses_and_gives_eagers_logits(family):
     found = coverage_table.report(coverage_table.Case(family, "decode", torch.float32))

@@ -41,6 +41,7 @@ def test_a_tiny_model_on_the_cpu(tmp_path):
     assert "\n| 2 | " in table
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
 def test_needs_a_gpu():
     done = run()

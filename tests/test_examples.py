@@ -34,6 +34,7 @@ def test_demo():
     assert "yes" in printed
 
 
+@pytest.mark.slow
 def test_opaque_operations():
     printed = run("opaque_ops.py")
     assert "1 of 1 layers fused" in printed

@@ -79,6 +79,7 @@ def test_the_serving_example_is_clean():
     assert "capture hazards: none (1 graph," in str(report)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_vl_text"])
 def test_transformers_models_are_clean(family):
     run = Run(family)

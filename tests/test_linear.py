@@ -105,6 +105,7 @@ def stack(*layers):
     return Stack(*layers), (x, positions, slots, *(cache.clone() for _ in layers for cache in caches))
 
 
+@pytest.mark.slow
 def test_equal_layers_are_measured_once(watched):
     costs = {}
     for count in (1, 7):
@@ -199,6 +200,7 @@ def explained(cls, grid, slots, cache):
     return fx_fusion.explain(model, x, positions, *stored)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cls", "grid", "slots", "cache"),
     [(Paged, (32,), 32, (60000, 16, 8, 128)), (PerSequence, (32, 1), 1, (32, 8, 32768, 128))],
@@ -217,6 +219,7 @@ class ToAndFro(Prologue):
         return super().norm(x, weight).roll(1, 0).roll(-1, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cls", "state", "code"), [(Prologue, "recognised", "contract.kernel"), (ToAndFro, "declined", "region.too_large")]
 )

@@ -39,12 +39,14 @@ def logged(tmp_path_factory):
     return done, folder
 
 
+@pytest.mark.slow
 def test_torch_logs_prints_the_report(logged):
     done, _ = logged
     assert "fx_fusion: 2 of 3 layers fused" in done.stderr
     assert "proof.not_analytic" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_structured_trace_holds_the_report(logged):
     _, folder = logged
     lines = "\n".join(path.read_text() for path in folder.glob("*.log")).splitlines()

@@ -207,6 +207,7 @@ def test_fuses_as_functionalised_by_vllm(model, declared, graphs):
     assert not kept(graphs[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [Opaque, InPlaceAsHeads], ids=lambda cls: cls.__name__)
 def test_fuses_with_a_symbolic_number_of_tokens(model, declared):
     given = arguments()

@@ -49,6 +49,7 @@ def test_a_seed_fixes_the_mutants():
     assert [m.description for m in some(5)] != [m.description for m in some(5, seed=1)]
 
 
+@pytest.mark.slow
 def test_a_mutant_leaves_the_original_alone():
     mutants = some()
     before = mutants.original.module.code

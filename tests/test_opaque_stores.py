@@ -143,6 +143,7 @@ def test_all_layers_in_one_tensor(name, v2, graphs):
     assert [layer.code for layer in report.declined] == ["proof.not_analytic"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["unbind", "heads first"])
 def test_symbolic_sizes(name, graphs):
     """Of tokens, and of blocks: then a part's place in the tensor is a symbol."""
@@ -384,6 +385,7 @@ def test_a_store_that_the_graph_does_not_show_is_named(attention, code, told, en
     assert "test_opaque_stores.py:" in layer.source
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", [attends, attends_unseen, attends_in_vllm], ids=lambda fn: fn.__name__)
 def test_norm_and_rotation_are_fused_without_the_store(attention, engine, graphs):
     """As the report says, of which attention is left."""

@@ -136,6 +136,7 @@ def test_what_has_no_words_says_so():
     compile(text, "snippet", "exec")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "tokens"), [("qwen3_vl_text", 1), ("qwen3_5_text", 5)])
 def test_transformers(family, tokens):
     run = Run(family)

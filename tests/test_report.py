@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from models import Run
 from prologue import Prologue, arguments
@@ -19,6 +20,7 @@ def test_round_trips_through_json():
     assert str(again) == str(report)
 
 
+@pytest.mark.slow
 def test_equal_layers_are_one_line():
     run = Run("qwen3")
     report = fx_fusion.explain(run.model, torch.zeros(2, 1, dtype=torch.int64), past_key_values=run.cache)

@@ -64,6 +64,7 @@ def test_float64_shows_what_rounding_hides(monkeypatch):
         testing.assert_equal_after_fusion(model, args)
 
 
+@pytest.mark.slow
 def test_mutants_of_a_users_pattern(monkeypatch):
     from own import patterns
 

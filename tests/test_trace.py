@@ -22,6 +22,7 @@ def test_leaves_everything_as_it_was():
     assert not isinstance(model.q_weight, torch._subclasses.FakeTensor)
 
 
+@pytest.mark.slow
 def test_a_lazy_cache_stays_lazy():
     run = Run("qwen3")
     report = fx_fusion.explain(run.model, torch.zeros(2, 1, dtype=torch.int64), past_key_values=run.cache)
@@ -29,6 +30,7 @@ def test_a_lazy_cache_stays_lazy():
     assert not run.cache.layers[0].is_initialized
 
 
+@pytest.mark.slow
 def test_a_model_without_weights_at_full_width():
     """Qwen3-VL-235B's shapes on the meta device, two of its 94 layers."""
     from transformers.models.qwen3_vl_moe.configuration_qwen3_vl_moe import Qwen3VLMoeTextConfig
@@ -48,6 +50,7 @@ def test_a_model_without_weights_at_full_width():
     assert report.layers[0].source.endswith(tuple("0123456789"))
 
 
+@pytest.mark.slow
 def test_another_default_device_changes_nothing():
     """A model that was built there, and one that was not."""
     plain = fx_fusion.explain(Prologue(), *arguments())
@@ -103,6 +106,7 @@ def test_an_observer_sees_every_step_and_the_users_names():
     assert {"x", "slots", "k_cache", "self.q_weight", "self.qkv_proj.weight"} <= set(recorder.inputs)
 
 
+@pytest.mark.slow
 def test_layers_know_their_module():
     run = Run("qwen3")
     report = fx_fusion.explain(run.model, torch.zeros(2, 1, dtype=torch.int64), past_key_values=run.cache)

@@ -33,6 +33,7 @@ def assert_all_fused(layers=LAYERS):
     assert len(report.fused) == layers == len(report.layers), str(report)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_decode_gives_eagers_tokens(family, batch):
@@ -46,6 +47,7 @@ def test_decode_gives_eagers_tokens(family, batch):
         assert relative_difference(cache, expected_cache) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_vl_text"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_prefill_into_a_filled_cache(family, dtype):
@@ -60,6 +62,7 @@ def test_prefill_into_a_filled_cache(family, dtype):
     assert relative_difference(logits, expected) < tolerance
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_vl_text"])
 def test_any_length_from_one_graph(family):
     reference, fused = Run(family), Run(family)
@@ -81,6 +84,7 @@ def test_any_length_from_one_graph(family):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == counted + 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_vl_text"])
 def test_bfloat16_error_is_no_larger_than_stock_inductors(family):
     """Against float64, teacher-forced: every run decodes the same tokens."""
@@ -105,6 +109,7 @@ def test_bfloat16_error_is_no_larger_than_stock_inductors(family):
     assert fused_error <= stock_error * 1.1, (fused_error, stock_error)
 
 
+@pytest.mark.slow
 def test_dynamic_cache_is_declined():
     run = Run("qwen3")
     run.cache = None

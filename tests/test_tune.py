@@ -234,6 +234,7 @@ def test_refuses_what_it_cannot_read(arguments, capsys):
     assert "error: " in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
 def test_as_a_process():
     done = subprocess.run([sys.executable, "-m", "fx_fusion", "tune"], capture_output=True, text=True, check=False)

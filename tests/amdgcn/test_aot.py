@@ -60,6 +60,7 @@ def test_waves(arch):
     assert re.search(rf"\.wavefront_size: +{WAVE_SIZES[arch]}$", binary(Variant(), arch).assembly, re.M)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", FLOAT8, ids=str)
 def test_no_target_converts_float8_in_hardware(dtype):
     """Triton chooses such converters once for a process: here, which target came first would change the code."""

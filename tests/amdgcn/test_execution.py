@@ -19,6 +19,7 @@ from fx_fusion.kernels.qk_norm_rope_cache.triton.launch import kernel
 MASKED = 0x80000000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", CDNA)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_equals_float64(name, arch):

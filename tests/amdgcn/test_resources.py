@@ -15,6 +15,7 @@ from fx_fusion.kernels.qk_norm_rope_cache.triton.tile import Tile
 INDEX = 8  # Bytes of a position or a slot.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", WAVE_SIZES)
 @pytest.mark.parametrize("name", SERVED)
 def test_all_stays_in_registers(name, arch):

@@ -210,6 +210,7 @@ def test_a_failed_rewrite_leaves_nothing_behind(failing, when, observer):
     assert layer.source is not None and layer.node is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["before", "while", "after"])
 @pytest.mark.parametrize("layers", [{0}, {1}, {2}, {0, 2}])
 def test_other_layers_stay_fused(failing, when, layers):
@@ -235,6 +236,7 @@ def test_strict_raises_and_undoes_too(failing):
     assert image(graph) == before
 
 
+@pytest.mark.slow
 def test_a_size_that_no_node_holds(monkeypatch):
     """What a rewrite needs and cannot find shows while it is under way."""
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 
+@pytest.mark.slow
 def test_every_variant():
     pytest.importorskip("triton")
     script = Path(__file__).with_name("interpreted.py")

@@ -28,6 +28,7 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_no_mutant_is_rewritten_wrong(name):
     tally = campaign.run(name, MUTANTS, seed=0, trials=TRIALS)
@@ -35,6 +36,7 @@ def test_no_mutant_is_rewritten_wrong(name):
     assert tally.mutants == MUTANTS and tally.right
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_the_region_itself_is_right_on_every_kind_of_input(name):
     """Also says that the oracle accepts two computations that only round differently."""
@@ -66,6 +68,7 @@ SABOTAGE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", SABOTAGE)
 def test_a_broken_matcher_is_found_out(what, monkeypatch):
     broken, target = SABOTAGE[what]

@@ -75,6 +75,7 @@ def layers(cls, orders):
     return Stack(*made), (x, positions, slots, *caches)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", [Sectioned, Weighted, HalfTurned])
 def test_cosines_and_sines_change_places_in_the_graph(cls):
     model, given = layers(cls, [(0, 1, 2, 3), (1, 0, 3, 2), (3, 2, 1, 0)])
@@ -82,6 +83,7 @@ def test_cosines_and_sines_change_places_in_the_graph(cls):
     assert len(report.fused) == 3, str(report)
 
 
+@pytest.mark.slow
 def test_every_order_of_the_products():
     model, given = layers(Sectioned, list(itertools.permutations(range(4)))[::3])
     report = assert_as_eager(model, given)

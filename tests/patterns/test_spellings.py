@@ -372,6 +372,7 @@ class TwoLayersOfOneTable(torch.nn.Module):
         return x + self.second(x, positions, slots, k_cache_2, v_cache_2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inner", ["eager", "inductor"])
 def test_layers_that_differ_in_an_offset(inner):
     model, args = TwoLayersOfOneTable(), (*arguments(), *arguments()[3:])

@@ -103,6 +103,7 @@ def test_cache_in_another_dtype():
     assert_fuses(Prologue(), (x, positions, slots, k_cache.half(), v_cache.half()), count=1)
 
 
+@pytest.mark.slow
 def test_cache_that_is_a_slice_of_a_larger_tensor():
     x, positions, slots, *_ = arguments()
     keys, values = torch.randn(3, SLOTS, NUM_KV_HEADS, HEAD_DIM), torch.randn(3, SLOTS, NUM_KV_HEADS, HEAD_DIM)
@@ -260,6 +261,7 @@ def one_tensor_arguments(model):
     return *arguments()[:3], torch.randn(model.shape)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [FirstDimension, SecondDimension, ValuesFirst, SideBySide])
 @pytest.mark.parametrize("inner", ["eager", "inductor"])
 def test_keys_and_values_in_one_tensor(model, inner):

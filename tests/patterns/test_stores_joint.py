@@ -163,6 +163,7 @@ def test_fuses(model):
     assert report.fused[0].reading["return_k"] is (model is JointlyReturned)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [OverHeads, Slice], ids=lambda cls: cls.__name__)
 def test_fuses_at_any_number_of_tokens(model):
     args = given(model)

@@ -128,6 +128,7 @@ def test_a_slice_of_a_part():
     assert_fuses(Layer(), (*args[:3], torch.randn(3, 2, *HEADS_FIRST)), count=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inner", ["eager", "inductor"])
 def test_a_slice_from_a_number_that_changes(inner):
     """One graph for every start: it is part of the cache's offset."""
@@ -144,6 +145,7 @@ def test_a_slice_from_a_number_that_changes(inner):
     assert report.fused[0].reading["addressed_by"] == "slice"
 
 
+@pytest.mark.slow
 def test_a_slice_is_stored_in_place():
     """Inductor's code allocates nothing of the cache's size."""
     from torch._inductor.utils import run_and_get_code
@@ -188,6 +190,7 @@ class ScatteredHeadsFirst(PerSequence):
         cache.scatter_(2, slots.view(1, 1, -1, 1).expand_as(value), value)
 
 
+@pytest.mark.slow
 def test_scatter():
     assert_fuses(Scattered(), arguments(), count=1)
     assert_fuses(ScatteredHeadsFirst(), batch(HEADS_FIRST), count=1)
@@ -284,6 +287,7 @@ def test_masked_at_the_ends(model, tokens):
     assert_fuses(model(), padded(slots=slots), count=1)
 
 
+@pytest.mark.slow
 def test_masked_by_block_and_offset():
     class Paged(Prologue):
         def store(self, cache, slots, value):
@@ -370,6 +374,7 @@ class Paged(Prologue):
         cache[slots // BLOCK, slots % BLOCK] = value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inner", ["eager", "inductor"])
 def test_two_views_of_one_tensor_as_inputs(inner):
     """[blocks, 2, block_size, Hk, D], of which the model gets kv[:, 0] and kv[:, 1]."""
@@ -385,6 +390,7 @@ def test_a_slice_of_two_views_of_one_tensor():
     assert_fuses(Rows(), (*arguments()[:3], kv[..., :HEAD_DIM], kv[..., HEAD_DIM:]), count=1)
 
 
+@pytest.mark.slow
 def test_two_views_at_a_distance_known_at_run_time_are_declined():
     """Inductor copied one of them, and counted its offset twice."""
 

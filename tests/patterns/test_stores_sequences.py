@@ -93,6 +93,7 @@ CASES = [
 GRIDS = [(*case, 2, 5) for case in CASES] + [(*case, *grid) for case in CASES[:2] for grid in ((3, 1), (1, 3))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "counted", "by_input", "batch", "seq"), GRIDS, ids=lambda value: getattr(value, "__name__", None)
 )
@@ -106,6 +107,7 @@ def test_fuses(model, counted, by_input, batch, seq):
         assert report.fused[0].reading["addressed_by"] == by_input
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dim", "sequences"), [("batch", False), ("seq", True)])
 def test_fuses_at_any_size(dim, sequences):
     args = given(HeadsFirst, 2, 5 if dim == "seq" else 1, sequences=sequences)
@@ -116,6 +118,7 @@ def test_fuses_at_any_size(dim, sequences):
     assert_fuses(HeadsFirst(), args, count=1, dynamic=None)
 
 
+@pytest.mark.slow
 def test_one_index_a_sequence_under_inductor():
     assert_fuses(SomeSequences(), given(SomeSequences, 2, 3, sequences=True), count=1, inner="inductor")
 

@@ -21,6 +21,7 @@ def combinations(drawn: DrawFn) -> Combination:
     return draw(lambda members: drawn(st.sampled_from(members)))
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(combinations())
 def test_fuses_and_is_right(combination):
