@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from fx_fusion.decline import Decline
 from fx_fusion.graph import operations as opset
 from fx_fusion.proof.evidence import Evidence, Sampled
 from fx_fusion.proof.field import Comparison, Differs, NotEvaluable, compare
-from fx_fusion.proof.field.draw import scaled_to_squares
+from fx_fusion.proof.field.draw import needed_square, scaled_to_squares
 from fx_fusion.proof.field.residues import Residues
 from fx_fusion.proof.floats import check_rounding
 from fx_fusion.proof.reference import Reference
@@ -55,14 +56,11 @@ def _comparison(probe: Probe, reference: Reference) -> Comparison:
         rows = values[data][:, reference.columns]
         values[data][:, reference.columns] = scaled_to_squares(field, rows, reference.eps or 0.0, fresh)
 
-    return Comparison(
-        region,
-        expected,
-        {data: (probe.tokens, probe.columns), **{leaf: probe.leaf_shape(leaf) for leaf in probe.leaves}},
-        None if reference.eps is None else with_roots,
-        {reference.eps} if reference.eps is not None else (),
-        _text(probe.branch.nodes),
-    )
+    shapes = {data: (probe.tokens, probe.columns), **{leaf: probe.leaf_shape(leaf) for leaf in probe.leaves}}
+    plain = Comparison(region, expected, shapes, text=_text(probe.branch.nodes))
+    if reference.eps is None:
+        return plain
+    return replace(plain, prepare=with_roots, squares={needed_square(reference.eps)}, never={reference.eps})
 
 
 def _text(nodes: tuple[Node, ...]) -> str:

@@ -6,13 +6,15 @@ import torch
 
 from fx_fusion.kernels.qk_norm_rope_cache import reference
 from fx_fusion.proof.field import Comparison
-from fx_fusion.proof.field.draw import scaled_to_squares
+from fx_fusion.proof.field.draw import needed_square, scaled_to_squares
 
 TOKENS, HEADS, LANES, EPS = 3, 4, 16, 1e-6
 
 SHAPES = {
     "x": (TOKENS, HEADS * LANES), "weight": (LANES,), "cos": (TOKENS, LANES // 2), "sin": (TOKENS, LANES // 2),
 }  # fmt: skip
+
+SQUARES = {needed_square(EPS)}
 
 
 def mean_square(x, eps=EPS):
@@ -46,9 +48,9 @@ def with_roots(field, values, fresh):
     values["x"] = scaled_to_squares(field, rows, EPS, fresh).reshape(TOKENS, -1)
 
 
-def comparison(norm=normalised, expected=fused, eps=EPS):
+def comparison(norm=normalised, expected=fused):
     """Of `norm`, weighted and rotated, with the fused operation."""
-    return Comparison(region_of(norm), expected, SHAPES, None if eps is None else with_roots, {eps}, "heads")
+    return Comparison(region_of(norm), expected, SHAPES, with_roots, SQUARES, never={EPS}, text="heads")
 
 
 def sign(d):

@@ -16,6 +16,7 @@ from proof.heads import (
     PLANTED,
     SHAPES,
     SPELLED,
+    SQUARES,
     TOKENS,
     comparison,
     fused,
@@ -60,7 +61,7 @@ def test_no_root_at_all():
 
 def test_without_points_that_are_prepared():
     """Half of all roots do not exist then; the others are compared often enough."""
-    unprepared = Comparison(region_of(normalised), fused, SHAPES, never={EPS})
+    unprepared = Comparison(region_of(normalised), fused, SHAPES)
     verdict = compare(unprepared)
     assert isinstance(verdict, Proved) and verdict.trials >= 3
     assert isinstance(compare(Comparison(region_of(PLANTED["eps + 1e-20"]), fused, SHAPES)), Differs)
@@ -78,7 +79,7 @@ def test_sizes(tokens, heads):
     def compared(region):
         return compare(
             Comparison(
-                lambda inputs, at: region(inputs["x"]), lambda inputs: normalised(inputs["x"]), shapes, prepare, {EPS}
+                lambda inputs, at: region(inputs["x"]), lambda inputs: normalised(inputs["x"]), shapes, prepare, SQUARES
             )
         )
 
@@ -119,7 +120,7 @@ def joint(own, shown=OWN, scale=1.0):
         with_roots(field, part, fresh)
         heads[:, OWN] = part["x"].reshape(TOKENS, HEADS, LANES)
 
-    return compare(Comparison(region, expected, shapes, prepare, {EPS}))
+    return compare(Comparison(region, expected, shapes, prepare, SQUARES))
 
 
 def test_a_norm_of_more_heads_than_are_used():
@@ -138,7 +139,7 @@ def test_a_root_and_a_divisor_are_named():
             at("after")
             return region_of(lambda _: y)(inputs, at)
 
-        return Comparison(steps, fused, SHAPES, with_roots, {EPS})
+        return Comparison(steps, fused, SHAPES, with_roots, SQUARES)
 
     def rooted(x, at):
         y = normalised(x)

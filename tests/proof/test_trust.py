@@ -11,6 +11,7 @@ from fx_fusion.decline import Decline
 from fx_fusion.fusion_pass import FusionPass
 from fx_fusion.proof.evidence import Sampled, require, weakest
 from fx_fusion.proof.field import Proved
+from fx_fusion.report import REPORTS
 from fx_fusion.testing import run
 from proof.heads import mean_square, normalised
 
@@ -37,7 +38,13 @@ class RootsOfSquares(FourthRoots):
 
 def compiled(model, **options):
     torch._dynamo.reset()
-    return run(model, arguments(), options={f"fx_fusion.{name}": value for name, value in options.items()}).report
+    before = REPORTS.snapshot()
+    options = {"kernel": "reference", "inner": "eager", "strict": True, **options}
+    named = {f"fx_fusion.{name}": value for name, value in options.items()}
+    with torch.no_grad():
+        torch.compile(model, backend="fx_fusion", dynamic=False, options=named)(*arguments())
+    (report,) = REPORTS.since(before)
+    return report
 
 
 def test_declined_by_default():
@@ -73,7 +80,6 @@ def test_equal_layers_share_what_is_known():
             first = super().forward(x, positions, slots, caches[0], caches[1])
             return super().forward(first, positions, slots, caches[2], caches[3])
 
-    torch._dynamo.reset()
     args = arguments()
     args = (*args, *(cache.clone() for cache in args[3:]))
     report = run(Two(), args).report

@@ -103,7 +103,7 @@ class _Proof:
         self._chance = unforeseeable(comparison.text)
         self._generator = torch.Generator().manual_seed(self._chance.getrandbits(63))
         self._roots = [number.value for number in meant.values() if number.is_root]
-        self._squares = _primes_of(self._roots)
+        self._squares = _primes_of(self._roots) | set(comparison.squares)
 
     def prove(self) -> Proved:
         """Raises Refused, NoMeaningAt or DegreeTooHigh unless the region is proved."""

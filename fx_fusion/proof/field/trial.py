@@ -45,6 +45,7 @@ class Comparison:
             (the lanes of one head): the error bound rests on that.
         shapes: of each input.
         prepare: may replace random inputs, so that the reference has its roots; or None.
+        squares: positive integers that must be squares modulo every prime, for `prepare`.
         never: literals that stand for nothing but themselves.
         text: tells the region from others; the primes depend on it.
     """
@@ -53,6 +54,7 @@ class Comparison:
     reference: Callable[[Inputs], Tensor]
     shapes: Mapping[Any, Sequence[int]]
     prepare: Callable[[Residues, dict[Any, Tensor], Fresh], None] | None = None
+    squares: Collection[int] = ()
     never: Collection[float] = ()
     text: str = ""
 
