@@ -50,6 +50,10 @@ class VllmFusionPass(InductorPass):
 
 
 def _remake(switch: Switch, before: Any, unknown: str) -> VllmFusionPass:
+    """In a worker, where nothing else may have asked for the plug-in."""
+    from fx_fusion.engines.vllm.startup import install
+
+    install()
     made = VllmFusionPass(switch.kernel, require=switch.require, before=before)
     made._unknown = unknown
     return made

@@ -19,7 +19,8 @@ class NotFused(RuntimeError):
 def install() -> None:
     """Follow vLLM's start. More than once is once."""
     _around(CompilationConfig, "set_splitting_ops_for_v1", _configure)
-    _around(WorkerWrapperBase, "init_worker", _watch)
+    # Not `init_worker`: a process of its own loads plug-ins in there.
+    _around(WorkerWrapperBase, "init_device", _watch)
 
 
 def _around(owner: Any, name: str, hook: Callable[..., Any]) -> None:
