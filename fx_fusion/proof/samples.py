@@ -14,7 +14,6 @@ from torch.fx import Node
 
 from fx_fusion.decline import Decline
 from fx_fusion.graph import operations as opset
-from fx_fusion.graph.operations import aten
 from fx_fusion.graph.paths import Branch
 from fx_fusion.proof.reference import Reference
 from fx_fusion.proof.region_function import TOLERANCE, Probe, relative_difference
@@ -71,7 +70,7 @@ def check_root(node: Node) -> None:
     Under RMSNorm that is a sum over the lanes plus eps. Without the sum, ``sqrt(x * x)`` is ``|x|`` and can spell a
     clamp that random data never reaches.
     """
-    if node.target is aten.pow.Tensor_Scalar and _is_natural(node.args[1]):
+    if not opset.takes_root(node):
         return
     argument = node.args[0]
     while isinstance(argument, Node) and argument.target not in opset.REDUCTIONS:
@@ -83,15 +82,8 @@ def check_root(node: Node) -> None:
         raise Decline("proof.not_analytic", found, [node])
 
 
-def _is_natural(exponent: object) -> bool:
-    return isinstance(exponent, (int, float)) and exponent == int(exponent) and exponent >= 1
-
-
 def _is_shift_or_scale(node: Node) -> bool:
-    target = node.target in (
-        aten.add.Tensor, aten.add.Scalar, aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar,
-    )  # fmt: skip
-    return target and isinstance(node.args[0], Node) and not isinstance(node.args[1], Node)
+    return node.target in opset.AFFINE and isinstance(node.args[0], Node) and not isinstance(node.args[1], Node)
 
 
 def _reduced(node: Node) -> int:
