@@ -1,5 +1,7 @@
 # make demo: install and run the main job on this machine's device.   make test: install and run the tests.
 # make amd-acceptance: on a ROCm machine, everything that it can tell, in one report.
+# make engines: the tests with the real vLLM on a CPU, in an environment of its own (2 GB, under build/engines or where
+# ENGINE_WORK says); ENGINES=engines_short for a few minutes of them.
 # A torch that is already installed (ROCm, CUDA) is used, never replaced; without one, the pinned CPU build is installed.
 
 PYTHON ?= python3
@@ -11,7 +13,7 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 # An environment that is made from another sees that one's packages by this path only.
 SITE := 'import sysconfig; print(sysconfig.get_path("purelib"))'
 
-.PHONY: setup demo test lint docs site package coverage amd-acceptance clean
+.PHONY: setup demo test lint docs site package coverage engines amd-acceptance clean
 
 setup: $(VENV)/.installed
 
@@ -60,6 +62,25 @@ package: setup
 
 coverage: setup
 	$(RUN) tests/coverage_table.py
+
+ENGINE_WORK ?= $(CURDIR)/build/engines
+ENGINES ?= engines
+VLLM := $(ENGINE_WORK)/vllm
+VLLM_REQUIREMENTS := tests/engines/vllm/requirements.txt
+
+engines: setup $(VLLM)/.installed
+	ENGINE_WORK=$(ENGINE_WORK) $(RUN) -m pytest tests/engines -m $(ENGINES)
+
+# The wheel's pins are for another torchvision: everything is installed by itself, as it is listed.
+$(VLLM)/.installed: $(VLLM_REQUIREMENTS) pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --no-deps --upgrade 'setuptools>=77,<82'
+	$(VLLM)/bin/python -m pip install --quiet --no-deps --retries 1 --extra-index-url $(TORCH_CPU_INDEX) torch==$(TORCH)
+	$(VLLM)/bin/python -m pip install --quiet --no-deps --requirement $(VLLM_REQUIREMENTS)
+	$(VLLM)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@# This torchvision describes operations that its build for this torch lacks.
+	@$(VLLM)/bin/python -c $(SITE) | xargs -I{} sh -c ': > {}/torchvision/_meta_registrations.py'
+	@touch $@
 
 amd-acceptance: setup
 	$(RUN) tests/acceptance.py

@@ -32,12 +32,15 @@ from fx_fusion.graph.torch_compat import (
 )
 from fx_fusion.kernels.measure import tuned
 from fx_fusion.kernels.operation import OPERATIONS, KernelUnavailable
+from fx_fusion.kernels.qk_norm_rope_cache.fused_calls import fused_calls
 from fx_fusion.kernels.target import Target
 from fx_fusion.observer import NOBODY, Observer
 from fx_fusion.proof.evidence import Evidence, Sampled, require
 from fx_fusion.proof.field import Proved
 from fx_fusion.report import REPORTS, FusionReport, LayerReport
+from fx_fusion.semantics import hidden_stores
 from fx_fusion.semantics.declare import MEANINGS
+from fx_fusion.semantics.hidden_stores import stand_in
 from fx_fusion.semantics.inline import Inlined, inline
 
 log = logging.getLogger(__name__)
@@ -71,7 +74,7 @@ class FusionPass(GraphPass):
         registered, kernels, declared = REGISTRY.fingerprint(), _kernels_fingerprint(), MEANINGS.fingerprint()
         if None in (before, registered, kernels, declared) or configuration.fuel() is not None:
             return None
-        settings = repr(self._config), configuration.disabled(), tuned.fingerprint()
+        settings = repr(self._config), configuration.disabled(), tuned.fingerprint(), hidden_stores.fingerprint()
         return ("fx_fusion", _source_hash(), kernels, registered, declared, settings, before)
 
 
@@ -131,15 +134,17 @@ def apply(graph: Graph, config: Config, *, training: bool = False, observer: Obs
     else:
         # Readers compute with real tensors, whatever mode the caller traces in (fake tensors, a default device).
         with disable_current_modes(), cpu_by_default(), torch.no_grad():
-            inlined = inline(graph)
+            stand_ins = stand_in(graph)
+            inlined = inline(graph, stand_ins)
             for fusion in REGISTRY:
                 _apply_fusion(graph, fusion, config, observer, inlined, done)
             hidden = _tell_of_semantics(done, inlined)
-            stores = 0 if done.absent else stores + hidden
+            stores = 0 if done.absent else stores + hidden + 2 * len(stand_ins)
             rewritten = any(layer.state == "rewritten" for layer in done.layers)
             inlined.restore(rewritten=rewritten)
             if rewritten:
                 tidy.finish(graph)
+            stand_ins.settle(fused_calls(graph))
     total = time.perf_counter() - started
     seconds = {"total": total, "rewriting": done.rewriting, "reading": total - done.rewriting}
     report = FusionReport(tuple(done.layers or done.absent), stores, nodes, config.kernel, seconds)

@@ -96,8 +96,7 @@ def gemma_rmsnorm(output, input, weight, eps, enable_pdl):
 
 
 def fused_add_rms_norm(input, residual, weight, epsilon):
-    residual += input
-    rms_norm(input, residual.clone(), weight, epsilon)
+    fused_add_rmsnorm(input, residual, weight, epsilon, False)
 
 
 def fused_add_rmsnorm(input, residual, weight, eps, enable_pdl):

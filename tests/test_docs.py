@@ -54,7 +54,7 @@ def test_options_in_the_docs_exist():
 def test_layout_of_the_package():
     names = {path.name for path in ROOT.iterdir() if not path.name.startswith(".")}
     allowed = {
-        "fx_fusion_pytest.py",
+        "fx_fusion_pytest.py", "fx_fusion_vllm.py", "fx_fusion_vllm_pass.py", "__pycache__",
         "fx_fusion", "patterns", "kernels", "tests", "examples", "docs", "pyproject.toml", "README.md", "LICENSE",
         "CHANGELOG.md", "CONTRIBUTING.md", "Makefile", "mkdocs.yml", "fx_fusion.egg-info", "build", "dist",
     }  # fmt: skip

@@ -30,7 +30,7 @@ LAYERS = (
     ("fusion_pass",),
     ("trace",),
     ("backend",),
-    ("mutation", "reporting"),
+    ("mutation", "reporting", "engines"),
     ("kernel_registration", "registration", "testing", "cli"),
     ("__init__",),
     ("__main__",),

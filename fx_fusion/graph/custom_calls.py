@@ -79,6 +79,25 @@ class OpaqueCall:
         return max(1, self.returns)
 
 
+@dataclass(frozen=True)
+class FusedCall:
+    """A call of a fused operation that stores keys and values, functionalised, as a rewrite put it into the graph.
+
+    Attributes:
+        tensors: its operands by their names in the schema, but for the caches; None for one that is absent.
+        options: everything else, by name.
+        q, k: what holds the rotated q and k; None where nothing uses it.
+    """
+
+    node: Node
+    tensors: Mapping[str, Node | None]
+    options: Mapping[str, Any]
+    k_cache: Node
+    v_cache: Node
+    q: Node | None
+    k: Node | None
+
+
 def operation(node: Node) -> OpOverload | None:
     """The operation outside ATen that `node` calls, functionalised or not."""
     if node.op != "call_function":

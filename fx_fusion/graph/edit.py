@@ -30,6 +30,9 @@ _ARITHMETIC: dict[Any, Any] = {
 #: Key in ``meta`` of every node that a rewrite put into the graph.
 EMITTED = "fx_fusion"
 
+#: Key in ``meta`` of a graph input that stands for a cache, or for slots, that the graph does not hold.
+STAND_IN = "fx_fusion_stand_in"
+
 
 T = TypeVar("T")
 

@@ -41,7 +41,7 @@ class Comparison:
 
 
 class Comparisons:
-    """Each use of an operation is compared once: a use is its dtypes, ranks, literals and device."""
+    """Each use of an operation is compared once: a use is its dtypes, sizes, strides, literals and device."""
 
     def __init__(self) -> None:
         self._known: dict[Any, Comparison] = {}
@@ -66,7 +66,7 @@ COMPARISONS = Comparisons()
 
 def _use(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
-        return (value.dtype, value.dim(), str(value.device))
+        return (value.dtype, *map(str, (*value.shape, *value.stride(), value.device)))
     return (type(value).__name__, str(value) if isinstance(value, (bool, int, float, str)) else "")
 
 
@@ -131,6 +131,7 @@ def _random_arguments(sample: Mapping[str, Any], sizes: Sizes, scale: float, see
     total = sum(torch.Size(shapes[id(leaf)]).numel() * leaf.element_size() for leaf in tensors)
     if total > _MEMORY_BOUND:
         return f"its arguments take {total >> 20} MiB"
+    strides = {id(leaf): _strides(leaf, shapes[id(leaf)], sizes) for leaf in tensors}
     below = _index_bound(tensors, shapes)
     generator = torch.Generator().manual_seed(seed)
 
@@ -139,7 +140,8 @@ def _random_arguments(sample: Mapping[str, Any], sizes: Sizes, scale: float, see
             return sizes.concrete(leaf)
         if not isinstance(leaf, torch.Tensor):
             return leaf
-        return _random(leaf, shapes[id(leaf)], scale, below, generator)
+        value = _random(leaf, shapes[id(leaf)], scale, below, generator)
+        return _laid_out(value, strides[id(leaf)])
 
     return pytree.tree_unflatten([concrete(leaf) for leaf in leaves], spec)
 
@@ -165,6 +167,26 @@ def _small_shapes(sample: Mapping[str, Any], sizes: Sizes) -> dict[int, tuple[in
     return {place: tuple(smaller.get(size, size) for size in shape) for place, shape in shapes.items()}
 
 
+def _strides(like: torch.Tensor, shape: tuple[int, ...], sizes: Sizes) -> tuple[int, ...] | None:
+    """Those of the call: an operation may not ask for them. None where elements share a place, or lie too far apart."""
+    strides = tuple(sizes.concrete(stride) for stride in like.stride())
+    dims = sorted((stride, size) for stride, size in zip(strides, shape, strict=True) if size > 1)
+    reach = 1
+    for stride, size in dims:
+        if stride < reach:
+            return None
+        reach = (size - 1) * stride + reach
+    return strides if reach * like.element_size() <= _MEMORY_BOUND else None
+
+
+def _laid_out(value: torch.Tensor, strides: tuple[int, ...] | None) -> torch.Tensor:
+    """`value`, with these strides."""
+    if strides is None or value.stride() == strides:
+        return value
+    laid = torch.empty_strided(value.shape, strides, dtype=value.dtype, device=value.device)
+    return laid.copy_(value)
+
+
 def _index_bound(tensors: Sequence[torch.Tensor], shapes: Mapping[int, tuple[int, ...]]) -> int:
     """Below this, an integer is an index into the leading dimension of any float argument."""
     rows = [shapes[id(each)][0] for each in tensors if each.is_floating_point() and each.dim() > 1]
@@ -187,7 +209,7 @@ def _random(
 
 
 def _copies(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    return pytree.tree_map_only(torch.Tensor, torch.clone, dict(arguments))
+    return pytree.tree_map_only(torch.Tensor, lambda each: _laid_out(each.clone(), each.stride()), dict(arguments))
 
 
 def _difference(actual: torch.Tensor, expected: torch.Tensor) -> float:

@@ -26,6 +26,7 @@ from fx_fusion.semantics.compare import COMPARISONS
 from fx_fusion.semantics.declare import MEANINGS
 from fx_fusion.semantics.expand import Expansion, insert, refresh
 from fx_fusion.semantics.forward import forward_reads
+from fx_fusion.semantics.hidden_stores import StandIns
 from fx_fusion.semantics.libraries import HIDDEN
 from fx_fusion.semantics.meaning import WITHOUT_STORE, Meaning, signature_mismatch
 from fx_fusion.semantics.traced import NoMeaning, TracedMeaning, complete, trace
@@ -49,8 +50,8 @@ class Inlined:
         return admissible_sizes(self._graph.nodes)[0]
 
     def assumed(self, match: Any) -> list[str]:
-        """The assumptions that `match` (whatever a fusion read) rests on, each once."""
-        found: dict[str, None] = {}
+        """What `match` (whatever a fusion read) rests on: each meaning once, with the worst of its comparisons."""
+        found: dict[str, Expansion] = {}
         seen: set[Node] = set()
         stack = list(_nodes_in(match))
         while stack:
@@ -59,9 +60,11 @@ class Inlined:
                 continue
             seen.add(node)
             if node in self._of:
-                found[self._of[node].assumption] = None
+                expansion = self._of[node]
+                title = expansion.meaning.title
+                found[title] = max(found.get(title, expansion), expansion, key=_doubt)
                 stack.extend(node.all_input_nodes)
-        return sorted(found)
+        return sorted(expansion.assumption for expansion in found.values())
 
     def check_stores(self, live: Set[Node], writers: Iterable[Node], replaced: Set[Node]) -> None:
         """An operation that stores what a call is to store must do nothing else: it would stay and store once more,
@@ -121,6 +124,11 @@ class Inlined:
         return changed
 
 
+def _doubt(expansion: Expansion) -> float:
+    difference = expansion.comparison.difference
+    return float("inf") if difference is None else difference
+
+
 def _is_root(node: Node) -> bool:
     return node.op == "output" or node.target is aten.copy_.default or node.is_impure()
 
@@ -134,8 +142,8 @@ def _mark(live: set[Node], nodes: Iterable[Node]) -> None:
         stack.extend(parent for parent in node.all_input_nodes if parent not in live)
 
 
-def inline(graph: Graph) -> Inlined:
-    """Replace every call of an operation with a declared meaning, in place."""
+def inline(graph: Graph, stand_ins: StandIns) -> Inlined:
+    """Replace every call of an operation with a declared meaning, in place, but for stores that are spelled out."""
     done = Inlined(graph)
     traced: dict[Any, TracedMeaning | str] = {}
     for node in list(graph.nodes):
@@ -143,6 +151,8 @@ def inline(graph: Graph) -> Inlined:
         if op is None:
             continue
         hidden = HIDDEN.get(op._schema.name)
+        if stand_ins.holds(node) or (hidden is not None and hidden.attention and len(stand_ins)):
+            continue
         if hidden is not None:
             decline = Decline("meaning.hidden", f"{op._schema.name} {hidden.reason}", [node])
             (done.hidden_attention if hidden.attention else done.hidden_stores).append(decline)

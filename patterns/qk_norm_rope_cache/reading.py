@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Node
 
+from fx_fusion.graph.edit import STAND_IN
 from fx_fusion.graph.paths import strip_views
 from fx_fusion.graph.sizes import same
 from fx_fusion.kernels.qk_norm_rope_cache.aiter.arguments import is_packed_qkv
@@ -19,6 +20,9 @@ from fx_fusion.patterns.qk_norm_rope_cache.branch.split import Heads
 from fx_fusion.patterns.qk_norm_rope_cache.cache_store.stored import Stored
 from fx_fusion.patterns.qk_norm_rope_cache.match import Match
 from fx_fusion.report import LayerReport
+
+#: Where a cache only stands for one that an operation finds when it runs.
+BY_NAME = "a layer's name"
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,8 @@ class Reading:
         k_scale, v_scale: a number, or the name of a node.
         masked: some tokens may be stored nowhere.
         index_arithmetic: slots are computed in the graph; that stays outside the call, as a small kernel of its own.
-        addressed_by: ``slot``, ``block and offset``, ``slice`` or ``slot in each sequence's cache``.
+        addressed_by: ``slot``, ``block and offset``, ``slice``, ``slot in each sequence's cache``; or ``a layer's
+            name``, by which an operation finds cache and slots when it runs.
         return_k: the rotated key is used besides its store.
     """
 
@@ -125,6 +130,8 @@ def _computes_indices(match: Match) -> bool:
 
 def _addressed_by(match: Match) -> str:
     addresses = match.key_store.addresses
+    if STAND_IN in match.key_store.store.cache.meta:
+        return BY_NAME
     if addresses.blocks is not None:
         return "block and offset"
     if match.slots.node is None:
@@ -138,13 +145,13 @@ def _addressed_by(match: Match) -> str:
 def words(reading: Reading) -> str:
     """One line."""
     order = "interleaved" if reading.mrope_interleaved else "sectioned"
-    cache = f"cache [{', '.join(reading.cache_size)}] by {reading.addressed_by}"
+    size = "" if reading.addressed_by == BY_NAME else f" [{', '.join(reading.cache_size)}]"
     parts = [
         f"heads {reading.num_heads}/{reading.num_kv_heads}x{reading.head_dim} {reading.projection}",
         _norm_words(reading.norm),
         f"rope {reading.rope} {reading.rotary_dim}",
         f"mRoPE {reading.mrope_section} {order}" if reading.mrope_section else f"angles by {reading.angles}",
-        cache
+        f"cache{size} by {reading.addressed_by}"
         + (" (computed in the graph)" if reading.index_arithmetic else "")
         + (", some tokens masked" if reading.masked else ""),
         *_conversion_words(reading),

@@ -100,7 +100,7 @@ def test_the_report_says_what_is_proved():
 
 
 def many(tokens):
-    x, positions, slots, *caches = arguments()
+    x, positions, _, *caches = arguments()
     cache = [torch.randn(max(SLOTS, tokens), NUM_KV_HEADS, HEAD_DIM) for _ in caches]
     return torch.randn(tokens, x.shape[1]), positions[:, :1].expand(3, tokens), torch.arange(tokens), *cache
 

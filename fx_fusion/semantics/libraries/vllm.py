@@ -40,10 +40,14 @@ _FORWARD_CONTEXT = (
     "takes cache and slots from vLLM's forward context; they are not in the graph, so the store cannot be fused"
 )
 
+_OWN_FUSION = "is vLLM's own fusion of norm, rotation and store (pass_config.fuse_qk_norm_rope_kvcache)"
+
 HIDDEN = {
     "vllm::unified_kv_cache_update": Hidden(f"{_FORWARD_CONTEXT}. {WITHOUT_STORE}"),
     "vllm::unified_mla_kv_cache_update": Hidden(_FORWARD_CONTEXT),
     "vllm::fused_rope_and_unified_kv_cache_update": Hidden(_FORWARD_CONTEXT),
+    "vllm::fused_qk_norm_rope_and_unified_kv_cache_update": Hidden(_OWN_FUSION),
+    "vllm::fused_qk_norm_mrope_and_unified_kv_cache_update": Hidden(_OWN_FUSION),
     "vllm::unified_attention_with_output": STORES_UNSEEN,
     "vllm::unified_attention": STORES_UNSEEN,
 }
@@ -64,9 +68,13 @@ def c_rms_norm(result: Tensor, input: Tensor, weight: Tensor, epsilon: float) ->
 
 
 def c_fused_add_rms_norm(input: Tensor, residual: Tensor, weight: Tensor, epsilon: float) -> None:
-    """``_C::fused_add_rms_norm(Tensor! input, Tensor! residual, Tensor weight, float epsilon) -> ()``"""
-    residual.copy_(input + residual)
-    input.copy_(rms_norm(residual, weight, epsilon))
+    """``_C::fused_add_rms_norm(Tensor! input, Tensor! residual, Tensor weight, float epsilon) -> ()``
+
+    What is normalised is the sum before it is rounded to the residual's dtype.
+    """
+    total = input.float() + residual.float()
+    residual.copy_(total)
+    input.copy_(rms_norm(total, weight, epsilon))
 
 
 def c_rotary_embedding(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fx_fusion.graph.edit import Emitter
+from fx_fusion.graph.edit import STAND_IN, Emitter
 from fx_fusion.kernels.insert import Results
 from fx_fusion.kernels.operation import Implementation, Operation
 from fx_fusion.kernels.qk_norm_rope_cache.call import Call, values
@@ -59,6 +59,8 @@ class Triton(Implementation[Call[Tensor]]):
         return launch(call, setting)
 
     def insert(self, emit: Emitter, operation: Operation[Call[Tensor]], call: Call[Node]) -> Results:
+        if STAND_IN in call.k_cache.meta:  # for a cache that an operation finds when it runs
+            return super().insert(emit, operation, call)
         return insert_launch(emit, call)
 
     def settings(self, call: Call[Tensor]) -> list[Tile]:
