@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fx_fusion
 from fx_fusion.decline import Decline
-from fx_fusion.graph.nodes import value_of
+from fx_fusion.graph.operations import value_of
 from fx_fusion.observer import Observer
 from fx_fusion.patterns.qk_norm_rope_cache.fusion import QkNormRopeCache
 from fx_fusion.semantics.hidden_stores import (

@@ -22,8 +22,7 @@ from torch.fx import Graph, Node
 
 from fx_fusion.graph.custom_calls import FusedCall, OpaqueCall, operation, read_call
 from fx_fusion.graph.edit import STAND_IN, Emitter
-from fx_fusion.graph.nodes import value_of
-from fx_fusion.graph.operations import aten
+from fx_fusion.graph.operations import aten, value_of
 from fx_fusion.graph.paths import strip_views
 
 #: Rows of a cache that stands for one whose size is not known.

@@ -13,7 +13,7 @@ from fx_fusion.engines.vllm.names import ATTENTION, STORE, Attention, get_forwar
 from fx_fusion.engines.vllm.operation import OPERATION
 from fx_fusion.graph.custom_calls import FusedCall, OpaqueCall, operation
 from fx_fusion.graph.edit import Emitter
-from fx_fusion.graph.nodes import value_of
+from fx_fusion.graph.operations import value_of
 from fx_fusion.semantics.hidden_stores import HiddenStore, Named
 
 _TENSORS = ("q", "k", "v", "q_weight", "k_weight", "cos", "sin", "positions")
