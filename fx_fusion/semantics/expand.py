@@ -12,7 +12,7 @@ from torch.fx.node import map_aggregate
 
 from fx_fusion.graph import operations as opset
 from fx_fusion.graph import strided as boxes
-from fx_fusion.graph.custom_calls import OpaqueCall, Part
+from fx_fusion.graph.custom_calls import OpaqueCall, WrittenView
 from fx_fusion.graph.edit import Emitter, fake_run
 from fx_fusion.graph.operations import aten, value_of
 from fx_fusion.graph.torch_compat import auto_functionalized_v2, pytree
@@ -35,7 +35,9 @@ class Expansion:
     meaning: Meaning
     comparison: Comparison
     inserted: list[Node] = field(default_factory=list[Node])
-    results: list[tuple[int, Part | None, Node]] = field(default_factory=list[tuple[int, "Part | None", Node]])
+    results: list[tuple[int, WrittenView | None, Node]] = field(
+        default_factory=list[tuple[int, "WrittenView | None", Node]]
+    )
     redirected: list[tuple[Node, Node, Node]] = field(default_factory=list[tuple[Node, Node, Node]])
 
     @property

@@ -24,7 +24,7 @@ from fx_fusion.patterns.qk_norm_rope_cache import reading
 from fx_fusion.patterns.qk_norm_rope_cache.cache_store.addresses import Addresses, layout
 from fx_fusion.patterns.qk_norm_rope_cache.lower import lower, rewrite
 from fx_fusion.patterns.qk_norm_rope_cache.match import Candidate, Match
-from fx_fusion.patterns.qk_norm_rope_cache.roles import parts
+from fx_fusion.patterns.qk_norm_rope_cache.roles import node_roles
 from fx_fusion.placement import (
     check_cache_address,
     check_convex,
@@ -99,7 +99,7 @@ class QkNormRopeCache(Fusion[Candidate, Lowered]):
         return [store.writer for store in stores], {*match.results, *scatters}
 
     def roles(self, facts: Facts, lowered: Lowered) -> dict[Node, NodeRole]:
-        return parts(facts, lowered.match)
+        return node_roles(facts, lowered.match)
 
     def region(self, facts: Facts, candidate: Candidate, fault: Node | None) -> list[Node]:
         writers = [store.writer for store in candidate.stores]

@@ -21,7 +21,7 @@ from fx_fusion.kernels.qk_norm_rope_cache.call import Call, scale_of
 from fx_fusion.patterns.qk_norm_rope_cache.branch.rotated_heads import RotatedHeads
 from fx_fusion.patterns.qk_norm_rope_cache.lower import lower
 from fx_fusion.patterns.qk_norm_rope_cache.match import Match, Stored
-from fx_fusion.patterns.qk_norm_rope_cache.roles import parts
+from fx_fusion.patterns.qk_norm_rope_cache.roles import node_roles
 
 #: The parts of a layer that the call computes; what it reads stays where it is.
 _REPLACED = ("split", "norm", "rope", "store")
@@ -297,7 +297,7 @@ def _as_before(name: str, old: Node, layout: RotatedHeads) -> str:
 
 def place(facts: Facts, match: Match) -> Place | None:
     """The innermost function of the user's that all replaced nodes come from, and its lines; None if none is known."""
-    replaced = [node for node, part in parts(facts, match).items() if part.role in _REPLACED]
+    replaced = [node for node, part in node_roles(facts, match).items() if part.role in _REPLACED]
     stacks = [stack for node in replaced if (stack := frames(node))]
     if not stacks:
         return None
