@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 from torch.fx import Node
 
 from fx_fusion.fusion import NodeRole
-from fx_fusion.graph import operations as opset
-from fx_fusion.graph.analysis import Facts
+from fx_fusion.graph import operations
+from fx_fusion.graph.analysis import GraphAnalysis
 from fx_fusion.graph.paths import Branch
 from fx_fusion.kernels.qk_norm_rope_cache.mrope import mrope_section
 from fx_fusion.patterns.qk_norm_rope_cache.branch.rotated_heads import RotatedHeads
@@ -17,29 +17,29 @@ from fx_fusion.patterns.qk_norm_rope_cache.branch.table_lookup import Lookup
 from fx_fusion.patterns.qk_norm_rope_cache.match import Match, Stored
 
 
-def node_roles(facts: Facts, match: Match) -> dict[Node, NodeRole]:
+def node_roles(analysis: GraphAnalysis, match: Match) -> dict[Node, NodeRole]:
     """The part of every node that the call replaces, and of what it reads, in graph order."""
     found: dict[Node, NodeRole] = {}
     for name, branch, heads in (("q", match.query, match.query_heads), ("k", match.key, match.key_heads)):
-        found |= _branch_roles(facts, name, branch, heads)
+        found |= _branch_roles(analysis, name, branch, heads)
     for name, out, stored in (
         ("k", match.key.out, match.key_store),
         ("v", match.value_store.data, match.value_store),
     ):
-        found |= _store_roles(facts, name, out, stored)
+        found |= _store_roles(analysis, name, out, stored)
     found |= _joint_roles(match)
     if match.lookup is not None:
-        found |= _lookup_roles(facts, match, match.lookup)
+        found |= _lookup_roles(analysis, match, match.lookup)
     found |= dict(_operand_roles(match))
-    return dict(sorted(found.items(), key=lambda item: facts.order[item[0]]))
+    return dict(sorted(found.items(), key=lambda item: analysis.order[item[0]]))
 
 
 # --- a branch: data → split → norm → rope ---------------------------------------------------------------------------
 
 
-def _branch_roles(facts: Facts, name: str, branch: Branch, heads: RotatedHeads) -> dict[Node, NodeRole]:
+def _branch_roles(analysis: GraphAnalysis, name: str, branch: Branch, heads: RotatedHeads) -> dict[Node, NodeRole]:
     moved = _leading_moves(branch)
-    turned = _rotation(facts, branch, heads.norm.weight)
+    turned = _rotation(analysis, branch, heads.norm.weight)
     roles = {node: "split" if node in moved else "rope" if node in turned else "norm" for node in branch.nodes}
     findings = {branch.out: f"{name}, normalised and rotated"} if branch.nodes else {}
     return {node: NodeRole(role, name, findings.get(node)) for node, role in roles.items()}
@@ -49,14 +49,14 @@ def _leading_moves(branch: Branch) -> set[Node]:
     moved: set[Node] = {branch.data}
     inside = {branch.data, *branch.nodes}
     for node in branch.nodes:
-        if opset.is_movement(node) and moved.issuperset(p for p in node.all_input_nodes if p in inside):
+        if operations.is_movement(node) and moved.issuperset(p for p in node.all_input_nodes if p in inside):
             moved.add(node)
     return moved
 
 
-def _rotation(facts: Facts, branch: Branch, weight: Node | None) -> set[Node]:
+def _rotation(analysis: GraphAnalysis, branch: Branch, weight: Node | None) -> set[Node]:
     """What angles enter, and the moves and negations that prepare for it."""
-    angles = {node for node in branch.frontier if _is_wide(node) and not _comes_from(facts, weight, node)}
+    angles = {node for node in branch.frontier if _is_wide(node) and not _comes_from(analysis, weight, node)}
     inside = set(branch.nodes)
     turned: set[Node] = set()
     for node in branch.nodes:
@@ -64,26 +64,29 @@ def _rotation(facts: Facts, branch: Branch, weight: Node | None) -> set[Node]:
             turned.add(node)
     for node in reversed(branch.nodes):
         users = [user for user in node.users if user in inside]
-        moves = opset.is_movement(node) or node.target in (opset.aten.neg.default, opset.aten.cat.default)
+        moves = operations.is_movement(node) or node.target in (
+            operations.aten.neg.default,
+            operations.aten.cat.default,
+        )
         if moves and users and turned.issuperset(users):
             turned.add(node)
     return turned
 
 
 def _is_wide(node: Node) -> bool:
-    return opset.is_float_tensor(node) and node.meta["val"].dim() > 0
+    return operations.is_float_tensor(node) and node.meta["val"].dim() > 0
 
 
-def _comes_from(facts: Facts, origin: Node | None, node: Node) -> bool:
-    return origin is not None and bool(facts.between(origin, [node]))
+def _comes_from(analysis: GraphAnalysis, origin: Node | None, node: Node) -> bool:
+    return origin is not None and bool(analysis.between(origin, [node]))
 
 
 # --- stores ---------------------------------------------------------------------------------------------------------
 
 
-def _store_roles(facts: Facts, name: str, out: Node, stored: Stored) -> dict[Node, NodeRole]:
+def _store_roles(analysis: GraphAnalysis, name: str, out: Node, stored: Stored) -> dict[Node, NodeRole]:
     store = stored.store
-    steps = [*store.steps_from(facts, out), *facts.between(store.value, [store.writer])]
+    steps = [*store.steps_from(analysis, out), *analysis.between(store.value, [store.writer])]
     tail = [node for node in steps if node is not out]
     role = "store" if name == "k" else "split"
     found = {node: NodeRole(role, name) for node in tail}
@@ -114,10 +117,10 @@ def _address_words(stored: Stored) -> str:
 # --- what the call reads --------------------------------------------------------------------------------------------
 
 
-def _lookup_roles(facts: Facts, match: Match, lookup: Lookup) -> dict[Node, NodeRole]:
+def _lookup_roles(analysis: GraphAnalysis, match: Match, lookup: Lookup) -> dict[Node, NodeRole]:
     leaves = [match.rope.cos.leaf, match.rope.sin.leaf]
     sources = (lookup.cos.table, lookup.sin.table, lookup.positions)
-    path = dict.fromkeys(node for source in sources for node in facts.between(source, leaves) if node not in sources)
+    path = dict.fromkeys(node for source in sources for node in analysis.between(source, leaves) if node not in sources)
     return {node: NodeRole("lookup") for node in path}
 
 
