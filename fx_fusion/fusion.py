@@ -12,7 +12,7 @@ from torch.fx import Graph, Node
 
 from fx_fusion.decline import Decline
 from fx_fusion.fingerprint import Unreadable, fingerprint
-from fx_fusion.graph.analysis import Facts
+from fx_fusion.graph.analysis import GraphAnalysis
 from fx_fusion.kernels.target import Target
 from fx_fusion.proof.evidence import Evidence
 
@@ -72,11 +72,11 @@ class Fusion(ABC, Generic[C, M]):
     name: str = ""
 
     @abstractmethod
-    def find(self, facts: Facts) -> tuple[list[C], list[Decline]]:
+    def find(self, analysis: GraphAnalysis) -> tuple[list[C], list[Decline]]:
         """Candidates in graph order, and what can be none."""
 
     @abstractmethod
-    def read(self, facts: Facts, candidate: C, memo: dict[object, Any]) -> M:
+    def read(self, analysis: GraphAnalysis, candidate: C, memo: dict[object, Any]) -> M:
         """A proved match. Raises Decline. `memo` is one dict a graph, for work that equal layers share."""
 
     @abstractmethod
@@ -84,7 +84,7 @@ class Fusion(ABC, Generic[C, M]):
         """For the report. Raises Decline where a reader stops only now."""
 
     @abstractmethod
-    def check(self, facts: Facts, match: M) -> None:
+    def check(self, analysis: GraphAnalysis, match: M) -> None:
         """Raises Decline if the rewrite would not be safe where the match stands."""
 
     @abstractmethod
@@ -106,7 +106,7 @@ class Fusion(ABC, Generic[C, M]):
         """What compile caches must know of it; by default its class and its attributes."""
         return self
 
-    def absent(self, facts: Facts) -> Decline | None:
+    def absent(self, analysis: GraphAnalysis) -> Decline | None:
         """What to say of a graph where nothing was found; None for nothing. It is told where no fusion says more."""
         return None
 
@@ -114,11 +114,11 @@ class Fusion(ABC, Generic[C, M]):
         """What writes caches, and all that a call replaces; nothing for a fusion that stores nothing."""
         return [], set()
 
-    def roles(self, facts: Facts, match: M) -> dict[Node, NodeRole]:
+    def roles(self, analysis: GraphAnalysis, match: M) -> dict[Node, NodeRole]:
         """The role of each node of the match, for ``explain``; empty if there is nothing to tell."""
         return {}
 
-    def region(self, facts: Facts, candidate: C, fault: Node | None) -> list[Node]:
+    def region(self, analysis: GraphAnalysis, candidate: C, fault: Node | None) -> list[Node]:
         """What ``explain`` shows of a candidate that has no roles; `fault` is the node that a decline is about."""
         return [candidate.anchor, *([] if fault is None else [fault])]
 

@@ -21,7 +21,7 @@ from fx_fusion.decline import OPAQUE, Decline, first_source_line, module_path, r
 from fx_fusion.fingerprint import Unreadable, fingerprint
 from fx_fusion.fusion import REGISTRY, AnyFusion, Candidate
 from fx_fusion.graph import tidy, transaction
-from fx_fusion.graph.analysis import Facts
+from fx_fusion.graph.analysis import GraphAnalysis
 from fx_fusion.graph.torch_compat import (
     GraphPass,
     InferenceAwarePass,
@@ -193,10 +193,10 @@ def _tell_of_semantics(done: _Applied, inlined: Inlined) -> int:
 def _apply_fusion(
     graph: Graph, fusion: AnyFusion, config: Config, observer: Observer, inlined: Inlined, done: _Applied
 ) -> None:
-    facts = Facts(graph)
+    analysis = GraphAnalysis(graph)
     try:
-        candidates, impossible = fusion.find(facts)
-        absent = None if candidates or impossible else fusion.absent(facts)
+        candidates, impossible = fusion.find(analysis)
+        absent = None if candidates or impossible else fusion.absent(analysis)
     except Exception as error:
         done.layers.append(_declined(fusion.name, _internal(error, config)))
         return
@@ -204,15 +204,15 @@ def _apply_fusion(
     layers: list[LayerReport] = []
     matches: dict[int, tuple[Any, Any]] = {}
     for candidate in candidates:
-        layer, match = _read(facts, fusion, candidate, memo, config, inlined)
+        layer, match = _read(analysis, fusion, candidate, memo, config, inlined)
         if layer.state == "rewritten":
             matches[len(layers)] = candidate, match
         layers.append(layer)
-        observer.reads(fusion, facts, candidate, match, layer)
+        observer.reads(fusion, analysis, candidate, match, layer)
     refused = [_declined(fusion.name, decline) for decline in impossible]
     nothing = [] if absent is None else [_declined(fusion.name, absent)]
     for layer in (*refused, *nothing):
-        observer.reads(fusion, facts, None, None, layer)
+        observer.reads(fusion, analysis, None, None, layer)
     started = time.perf_counter()
 
     def rewrite(position: int) -> None:
@@ -231,16 +231,21 @@ def _apply_fusion(
 
 
 def _read(
-    facts: Facts, fusion: AnyFusion, candidate: Candidate, memo: dict[object, Any], config: Config, inlined: Inlined
+    analysis: GraphAnalysis,
+    fusion: AnyFusion,
+    candidate: Candidate,
+    memo: dict[object, Any],
+    config: Config,
+    inlined: Inlined,
 ) -> tuple[LayerReport, Any]:
     try:
-        match = fusion.read(facts, candidate, memo)
+        match = fusion.read(analysis, candidate, memo)
         assessed = fusion.assess(match)
         with reaching("proof"):
             require(assessed.known, config.trust)
         with reaching("placement"):
-            fusion.check(facts, match)
-            inlined.check_stores(facts.live, *fusion.stores(match))
+            fusion.check(analysis, match)
+            inlined.check_stores(analysis.live, *fusion.stores(match))
     except Decline as decline:
         return _declined(fusion.name, decline, candidate.anchor), None
     except Exception as error:

@@ -8,7 +8,7 @@ from typing import Any
 from torch.fx import Graph
 
 from fx_fusion.fusion import AnyFusion
-from fx_fusion.graph.analysis import Facts
+from fx_fusion.graph.analysis import GraphAnalysis
 from fx_fusion.report import FusionReport, LayerReport
 
 
@@ -25,7 +25,7 @@ class Observer:
     def starts(self, graph: Graph) -> None:
         """Nothing was changed yet."""
 
-    def reads(self, fusion: AnyFusion, facts: Facts, candidate: Any, match: Any, layer: LayerReport) -> None:
+    def reads(self, fusion: AnyFusion, analysis: GraphAnalysis, candidate: Any, match: Any, layer: LayerReport) -> None:
         """Nothing changed yet. `match` is None where the layer is declined, and `candidate` where there is none."""
 
     def rewrites(self, layer: LayerReport, graph: Graph) -> None:

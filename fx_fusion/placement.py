@@ -9,8 +9,8 @@ from torch.fx import Node
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from fx_fusion.decline import Decline
-from fx_fusion.graph import operations as opset
-from fx_fusion.graph.analysis import Facts
+from fx_fusion.graph import operations
+from fx_fusion.graph.analysis import GraphAnalysis
 from fx_fusion.graph.store_site import Store
 from fx_fusion.graph_capture.hazard_rules import copied_from, waits_for
 
@@ -65,44 +65,44 @@ def check_scales(scales: Sequence[Node], cache: Node) -> None:
             raise Decline("placement.scale_on_host", f"{found}; expected a number, or a tensor there", [scale])
 
 
-def check_convex(facts: Facts, operands: Sequence[Node], results: Iterable[Node]) -> None:
+def check_convex(analysis: GraphAnalysis, operands: Sequence[Node], results: Iterable[Node]) -> None:
     """No result of the call may be needed to compute one of its operands."""
     for result in results:
-        path = facts.between(result, operands)
+        path = analysis.between(result, operands)
         if path:
             raise Decline(
                 "region.not_convex", f"{path[-1]} is an operand of the call and depends on {result}", [path[-1], result]
             )
 
 
-def check_draws(facts: Facts, operands: Sequence[Node], results: Iterable[Node]) -> None:
+def check_draws(analysis: GraphAnalysis, operands: Sequence[Node], results: Iterable[Node]) -> None:
     """What draws random numbers after the call must not have drawn before what the call needs: each draw depends on
     how many there were before it.
     """
-    if len(facts.draws) < 2:
+    if len(analysis.draws) < 2:
         return
-    after = [node for node in facts.draws if any(facts.between(result, [node]) for result in results)]
+    after = [node for node in analysis.draws if any(analysis.between(result, [node]) for result in results)]
     for early in after:
-        late = next((node for node in facts.draws if facts.order[node] > facts.order[early]
-                     and any(facts.between(node, [operand]) for operand in operands)), None)  # fmt: skip
+        late = next((node for node in analysis.draws if analysis.order[node] > analysis.order[early]
+                     and any(analysis.between(node, [operand]) for operand in operands)), None)  # fmt: skip
         if late is not None:
             found = f"{early} draws after the call would, {late} before it: they would change places"
             raise Decline("region.not_convex", found, [early, late])
 
 
-def check_old_cache(facts: Facts, stores: Sequence[Store], operands: Sequence[Node]) -> None:
+def check_old_cache(analysis: GraphAnalysis, stores: Sequence[Store], operands: Sequence[Node]) -> None:
     """Whoever reads a cache from before the stores must be ordered before the call, or the cache would be copied.
 
     The call stores keys and values at once, so nothing may read what there is between the two stores either.
     """
     afters = {store.after for store in stores}
     for base in {store.base: None for store in stores if store.base not in afters}:
-        for reader in _readers(facts, base, stores):
-            if not any(facts.between(reader, [operand]) for operand in operands):
+        for reader in _readers(analysis, base, stores):
+            if not any(analysis.between(reader, [operand]) for operand in operands):
                 raise Decline("store.old_cache_read", f"{reader} reads {base} as it was before the store", [reader])
     bases = {store.base for store in stores}
     for between in [scatter for store in stores if store.after in bases for scatter in store.scatters]:
-        for reader in _readers(facts, between, stores):
+        for reader in _readers(analysis, between, stores):
             raise Decline("store.old_cache_read", f"{reader} reads {between}, between the two stores", [reader])
 
 
@@ -126,7 +126,7 @@ def check_storage(caches: Sequence[Node]) -> None:
         raise Decline("placement.shared_storage", f"{found}; pass the tensor, or compile for static shapes", caches)
 
 
-def _readers(facts: Facts, base: Node, stores: Sequence[Store]) -> Iterable[Node]:
+def _readers(analysis: GraphAnalysis, base: Node, stores: Sequence[Store]) -> Iterable[Node]:
     """Who reads `base` through views, but for the stores themselves."""
     writers = {store.writer for store in stores}
     replaced = {step for store in stores for step in store.last_steps}
@@ -134,18 +134,20 @@ def _readers(facts: Facts, base: Node, stores: Sequence[Store]) -> Iterable[Node
     stack = [base]
     while stack:
         node = stack.pop()
-        for user in facts.users(node):
-            if user.target in opset.VIEW:
+        for user in analysis.users(node):
+            if user.target in operations.VIEW:
                 stack.append(user)
-            elif user in scatters or (user in writers and user.args[0] is node) or _only_feeds(facts, user, replaced):
+            elif (
+                user in scatters or (user in writers and user.args[0] is node) or _only_feeds(analysis, user, replaced)
+            ):
                 continue
-            elif user.target is not opset.aten.copy_.default:
+            elif user.target is not operations.aten.copy_.default:
                 yield user
 
 
-def _only_feeds(facts: Facts, node: Node, replaced: Collection[Node]) -> bool:
+def _only_feeds(analysis: GraphAnalysis, node: Node, replaced: Collection[Node]) -> bool:
     """Is `node` used only by steps that the call replaces (what a masked store puts back)?"""
-    users = facts.users(node)
+    users = analysis.users(node)
     return bool(users) and all(user in replaced for user in users)
 
 

@@ -1,4 +1,4 @@
-"""The parts that stand under the readers: facts, evaluation, sizes, placement."""
+"""The parts that stand under the readers: analysis, evaluation, sizes, placement."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch.fx import Graph
 
 from fx_fusion.decline import CODES, STAGES, Decline, source_line
-from fx_fusion.graph.analysis import Facts
+from fx_fusion.graph.analysis import GraphAnalysis
 from fx_fusion.graph.operations import aten, prims
 from fx_fusion.graph.sizes import Sizes
 from fx_fusion.graph.store_site import Store
@@ -38,10 +38,10 @@ def test_equal_values_have_one_number():
     x = build.input("x", 2, 3)
     a, b, c = (build(aten.mul.Tensor, x, factor) for factor in (2.0, 2.0, 2))
     build.graph.output((a, b, c))
-    facts = Facts(build.graph)
-    assert facts.value_number(a) == facts.value_number(b)
-    assert facts.value_number(a) != facts.value_number(c), "1 == 1.0 in Python, but they are different arguments"
-    assert facts.canonical(b) is a
+    analysis = GraphAnalysis(build.graph)
+    assert analysis.value_number(a) == analysis.value_number(b)
+    assert analysis.value_number(a) != analysis.value_number(c), "1 == 1.0 in Python, but they are different arguments"
+    assert analysis.canonical(b) is a
 
 
 def test_random_values_are_never_equal():
@@ -49,8 +49,8 @@ def test_random_values_are_never_equal():
     x = build.input("x", 2, 3)
     a, b = (build(aten.bernoulli.default, x) for _ in range(2))
     build.graph.output((a, b))
-    facts = Facts(build.graph)
-    assert facts.value_number(a) != facts.value_number(b)
+    analysis = GraphAnalysis(build.graph)
+    assert analysis.value_number(a) != analysis.value_number(b)
 
 
 def test_latest_common_ancestors():
@@ -60,7 +60,7 @@ def test_latest_common_ancestors():
     a, b = build(aten.mul.Tensor, shared, 2.0), build(aten.mul.Tensor, shared, 3.0)
     after_a, cousin = build(aten.neg.default, a), build(aten.mul.Tensor, x, 4.0)
     build.graph.output((after_a, b, cousin, stranger))
-    found = Facts(build.graph).latest_common_ancestors(a, [b, after_a, shared, cousin, stranger, a])
+    found = GraphAnalysis(build.graph).latest_common_ancestors(a, [b, after_a, shared, cousin, stranger, a])
     assert found == {b: shared, after_a: a, shared: shared, cousin: x, a: a}
 
 
@@ -69,9 +69,9 @@ def test_dead_nodes_are_no_users():
     x = build.input("x", 2, 3)
     dead, alive = build(aten.neg.default, x), build(aten.mul.Tensor, x, 2.0)
     build.graph.output(alive)
-    facts = Facts(build.graph)
-    assert dead not in facts.live
-    assert facts.users(x) == [alive]
+    analysis = GraphAnalysis(build.graph)
+    assert dead not in analysis.live
+    assert analysis.users(x) == [alive]
 
 
 def test_float64_and_native_arithmetic():
@@ -131,11 +131,11 @@ def test_a_result_must_feed_no_operand():
     result = build(aten.neg.default, x)
     operand = build(aten.mul.Tensor, result, 2.0)
     build.graph.output(operand)
-    facts = Facts(build.graph)
+    analysis = GraphAnalysis(build.graph)
     with pytest.raises(Decline) as declined:
-        check_convex(facts, [operand], [result])
+        check_convex(analysis, [operand], [result])
     assert declined.value.code == "region.not_convex"
-    check_convex(facts, [x], [result])
+    check_convex(analysis, [x], [result])
 
 
 def test_a_cache_must_be_an_input():
@@ -154,18 +154,18 @@ def cache_with_a_store(late_reader):
     written = build(aten.index_put.default, cache, [slots], operand)
     late = [build(aten.sum.default, cache)] if late_reader else []
     build.graph.output((operand, written, *late))
-    return Facts(build.graph), Store(cache, cache, written, operand), operand
+    return GraphAnalysis(build.graph), Store(cache, cache, written, operand), operand
 
 
 def test_a_reader_ordered_before_the_call_is_fine():
-    facts, store, operand = cache_with_a_store(late_reader=False)
-    check_old_cache(facts, [store], [operand])
+    analysis, store, operand = cache_with_a_store(late_reader=False)
+    check_old_cache(analysis, [store], [operand])
 
 
 def test_a_reader_of_the_old_cache_after_the_call_is_declined():
-    facts, store, operand = cache_with_a_store(late_reader=True)
+    analysis, store, operand = cache_with_a_store(late_reader=True)
     with pytest.raises(Decline, match="reads cache as it was before the store"):
-        check_old_cache(facts, [store], [operand])
+        check_old_cache(analysis, [store], [operand])
 
 
 def test_a_store_between_those_of_keys_and_values_is_declined():
@@ -239,7 +239,7 @@ def test_structures_are_equal_only_where_the_same_is_computed(change):
 
     first, second = layer("nothing"), layer(change)
     build.graph.output((first[-1], second[-1]))
-    facts = Facts(build.graph)
-    (one, fed), (other, _) = facts.structure(first), facts.structure(second)
+    analysis = GraphAnalysis(build.graph)
+    (one, fed), (other, _) = analysis.structure(first), analysis.structure(second)
     assert (one == other) == (change == "nothing")
     assert [node.name for node in fed] == ["value", "mul_scalar", "cache", "slots"]

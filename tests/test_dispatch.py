@@ -128,8 +128,8 @@ def calls(monkeypatch):
     found = []
     read = fx_fusion.QkNormRopeCache.read
 
-    def keep(self, facts, candidate, memo):
-        lowered = read(self, facts, candidate, memo)
+    def keep(self, analysis, candidate, memo):
+        lowered = read(self, analysis, candidate, memo)
         found.append(lowered.call)
         return lowered
 

@@ -69,11 +69,11 @@ class Watched:
     def __getattr__(self, name):
         return getattr(self._fusion, name)
 
-    def read(self, facts, candidate, memo):
+    def read(self, analysis, candidate, memo):
         before = len(self._evaluations)
         try:
             with Allocations() as allocations:
-                return self._fusion.read(facts, candidate, memo)
+                return self._fusion.read(analysis, candidate, memo)
         finally:
             made = len(self._evaluations) - before
             self.costs.append(Cost(made, allocations.operations, allocations.largest))

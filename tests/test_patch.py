@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 import fx_fusion
 from fx_fusion.cli import patch
 from fx_fusion.cli.subject import Subject
-from fx_fusion.graph.analysis import Facts
+from fx_fusion.graph.analysis import GraphAnalysis
 from fx_fusion.mutation.mutants import capture
 from fx_fusion.patterns.qk_norm_rope_cache.fusion import QkNormRopeCache
 from fx_fusion.patterns.qk_norm_rope_cache.source_text import function, operands, place, quoted, written_axes
@@ -45,12 +45,12 @@ def written(source, name):
 
 
 def read(fn, args, kwargs=None):
-    """The first match of the graph of `fn`, the graph's facts, and a function that runs it up to some nodes."""
+    """The first match of the graph of `fn`, the graph's analysis, and a function that runs it up to some nodes."""
     captured = capture(fn, args, kwargs)
-    facts = Facts(captured.module.graph)
+    analysis = GraphAnalysis(captured.module.graph)
     fusion = QkNormRopeCache()
-    candidates, _ = fusion.find(facts)
-    match = fusion.read(facts, candidates[0], {}).match
+    candidates, _ = fusion.find(analysis)
+    match = fusion.read(analysis, candidates[0], {}).match
 
     def values_of(nodes):
         graph = torch.fx.Graph()
@@ -60,11 +60,11 @@ def read(fn, args, kwargs=None):
         inputs = [each.clone() if isinstance(each, torch.Tensor) else each for each in captured.inputs]
         return GraphModule(captured.module, graph)(*inputs)
 
-    return match, facts, values_of
+    return match, analysis, values_of
 
 
 def assert_the_call_is_right(fn, args, kwargs=None):
-    match, facts, values_of = read(fn, args, kwargs)
+    match, analysis, values_of = read(fn, args, kwargs)
     source = function("fused", match, {}, "reference")
     given = operands(match, {})
     values = [value.clone() for value in values_of([operand.node for operand in given])]
@@ -73,7 +73,7 @@ def assert_the_call_is_right(fn, args, kwargs=None):
         results = written(source, "fused")(*values, *batch)
     outs = [match.query.out, *([match.key.out] if match.return_k else [])]
     results = results if isinstance(results, tuple) else (results,)
-    final = {node.args[0]: node.args[1] for node in facts.nodes if node.target is torch.ops.aten.copy_.default}
+    final = {node.args[0]: node.args[1] for node in analysis.nodes if node.target is torch.ops.aten.copy_.default}
     stores = {stored.store.cache: final[stored.store.cache] for stored in (match.key_store, match.value_store)}
     caches = [values[[operand.node for operand in given].index(cache)] for cache in stores]
     expected = values_of([*outs, *stores.values()])
@@ -213,8 +213,8 @@ def test_a_statement_of_several_lines_is_replaced_whole():
             ] = v  # fmt: skip
             return self.consume(q, k, v, k_cache, v_cache)
 
-    match, facts, _ = read(Wide(), arguments())
-    where = place(facts, match)
+    match, analysis, _ = read(Wide(), arguments())
+    where = place(analysis, match)
     text = quoted(where).splitlines()
     assert "q, k, v = self.split" in text[1] and "] = v" in text[-1]
     assert where.function == "forward"

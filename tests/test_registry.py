@@ -15,16 +15,16 @@ class Nothing(fx_fusion.Fusion):
 
     name = "nothing"
 
-    def find(self, facts):
+    def find(self, analysis):
         return [], []
 
-    def read(self, facts, candidate, memo):
+    def read(self, analysis, candidate, memo):
         raise AssertionError
 
     def assess(self, match):
         raise AssertionError
 
-    def check(self, facts, match):
+    def check(self, analysis, match):
         raise AssertionError
 
     def choose(self, match, kernel, target):
@@ -66,7 +66,7 @@ def test_what_is_missing_is_named():
     class Half(fx_fusion.Fusion):
         name = "half"
 
-        def find(self, facts):
+        def find(self, analysis):
             return [], []
 
     with pytest.raises(TypeError, match=r"Half.*assess.*check.*choose.*read.*rewrite"):

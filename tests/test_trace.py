@@ -90,7 +90,7 @@ def test_an_observer_sees_every_step_and_the_users_names():
         def starts(self, graph):
             self.seen.append("starts")
 
-        def reads(self, fusion, facts, candidate, match, layer):
+        def reads(self, fusion, analysis, candidate, match, layer):
             self.seen.append(f"reads {layer.state}")
             assert (match is None) == (layer.state == "declined")
 

@@ -17,7 +17,7 @@ from torch.fx import Graph, Node
 from fx_fusion.cli.subject import Subject, SubjectError, add_arguments, build, explain_quietly
 from fx_fusion.config import Config, OptionError
 from fx_fusion.fusion import AnyFusion
-from fx_fusion.graph.analysis import Facts
+from fx_fusion.graph.analysis import GraphAnalysis
 from fx_fusion.kernels.qk_norm_rope_cache.operation import OPERATION
 from fx_fusion.observer import Observer
 from fx_fusion.patterns.qk_norm_rope_cache.fusion import Lowered
@@ -97,12 +97,12 @@ class Writer(Observer):
         inputs = [node for node in graph.nodes if node.op == "placeholder"]
         self._labels = dict(zip(inputs, self._names, strict=True)) if len(inputs) == len(self._names) else {}
 
-    def reads(self, fusion: AnyFusion, facts: Facts, candidate: Any, match: Any, layer: LayerReport) -> None:
+    def reads(self, fusion: AnyFusion, analysis: GraphAnalysis, candidate: Any, match: Any, layer: LayerReport) -> None:
         module = layer.module or f"layer {sum(len(kind.modules) for kind in self.kinds.values())}"
         if layer.state != "declined" and not isinstance(match, Lowered):
             return
         match = match and match.match
-        key = _key(facts, match, layer)
+        key = _key(analysis, match, layer)
         if key in self.kinds:
             self.kinds[key].modules.append(module)
         elif layer.state == "declined":
@@ -111,19 +111,19 @@ class Writer(Observer):
             text = f"# fuses when compiled, but has no snippet: {reason}\n"
             self.kinds[key] = Kind([module], text, complete=False)
         else:
-            self.kinds[key] = Kind([module], self._snippet(facts, match, layer, module), complete=True)
+            self.kinds[key] = Kind([module], self._snippet(analysis, match, layer, module), complete=True)
 
-    def _snippet(self, facts: Facts, match: Match, layer: LayerReport, module: str) -> str:
-        where = place(facts, match)
+    def _snippet(self, analysis: GraphAnalysis, match: Match, layer: LayerReport, module: str) -> str:
+        where = place(analysis, match)
         kernel = self._kernel or layer.kernel or "reference"
         name = f"fused_{identifier(module)}"
         lines = [quoted(where)] if where else []
         return "\n".join([*lines, "", function(name, match, self._labels, kernel)])
 
 
-def _key(facts: Facts, match: Any, layer: LayerReport) -> str:
+def _key(analysis: GraphAnalysis, match: Any, layer: LayerReport) -> str:
     """Equal for layers that one function serves: what was read, and the lines that it replaces."""
-    where = place(facts, match) if match is not None else None
+    where = place(analysis, match) if match is not None else None
     return f"{layer} {where}"
 
 

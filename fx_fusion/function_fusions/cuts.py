@@ -17,8 +17,8 @@ import torch
 from torch.fx import Node
 
 from fx_fusion.function_fusions.equivalence import free_key, is_free, is_product, is_undefined
-from fx_fusion.graph import operations as opset
-from fx_fusion.graph.analysis import Facts
+from fx_fusion.graph import operations
+from fx_fusion.graph.analysis import GraphAnalysis
 from fx_fusion.graph.tracing import Functional
 from fx_fusion.proof.evaluate import schedule
 
@@ -31,8 +31,8 @@ def kind_of(node: Node) -> str | None:
     """Which kind of rare analytic step `node` is; None for those that occur everywhere."""
     if is_product(node):
         return "product"
-    kind = opset.row(node).rare or None
-    return kind if kind != "root" or opset.takes_root(node) else None
+    kind = operations.row(node).rare or None
+    return kind if kind != "root" or operations.takes_root(node) else None
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,8 @@ class Cut:
 class Locator:
     """Candidates for one outline in one graph."""
 
-    def __init__(self, facts: Facts, outline: Outline) -> None:
-        self._facts = facts
+    def __init__(self, analysis: GraphAnalysis, outline: Outline) -> None:
+        self._analysis = analysis
         self.outline = outline
         self._passable: dict[Node, bool] = {}
         self._sources_of: dict[Node, set[Node]] = {}
@@ -89,8 +89,8 @@ class Locator:
         """The nodes near which to look: every occurrence of the pattern's rarest step."""
         counts: Counter[object] = Counter()
         places: dict[object, list[Node]] = {}
-        for node in self._facts.nodes:
-            if node not in self._facts.live or node.op != "call_function":
+        for node in self._analysis.nodes:
+            if node not in self._analysis.live or node.op != "call_function":
                 continue
             mark: object = free_key(node) if free_key(node) in self.outline.free else kind_of(node)
             if mark is not None:
@@ -101,7 +101,7 @@ class Locator:
             return []
         if wanted:
             return places[min(wanted, key=lambda mark: (mark not in self.outline.free, counts[mark], str(mark)))]
-        return [node for node in self._facts.nodes if node in self._facts.live and opset.is_arithmetic(node)]
+        return [node for node in self._analysis.nodes if node in self._analysis.live and operations.is_arithmetic(node)]
 
     def is_passable(self, node: Node) -> bool:
         """May `node` be a step of the region?"""
@@ -115,7 +115,12 @@ class Locator:
         kind = kind_of(node)
         if kind is not None:
             return kind in self.outline.kinds
-        if opset.is_movement(node) or opset.is_cast(node) or is_undefined(node) or opset.is_symbolic(node):
+        if (
+            operations.is_movement(node)
+            or operations.is_cast(node)
+            or is_undefined(node)
+            or operations.is_symbolic(node)
+        ):
             return True
         # Whether rounding makes a step free depends on the region; the comparison sees to that.
         return not is_free(node, None) or free_key(node) in self.outline.free
@@ -129,9 +134,9 @@ class Locator:
             for node in layer:
                 if node not in found and self.is_passable(node):
                     found[node] = None
-                    after.update(dict.fromkeys(self._facts.users(node)))
+                    after.update(dict.fromkeys(self._analysis.users(node)))
             layer = list(after)
-        order = self._facts.order
+        order = self._analysis.order
         return sorted((node for node in found if _is_tensor(node)), key=order.__getitem__)
 
     def cuts(
@@ -148,15 +153,15 @@ class Locator:
         # (what the frontier holds so far, what is still to be decided, how many steps are inside)
         stack: list[tuple[tuple[Node, ...], frozenset[Node], tuple[Node, ...]]] = [((), frozenset([result]), ())]
         seen: set[frozenset[Node]] = set()
-        order = self._facts.order
+        order = self._analysis.order
         opens = self._openings(result, known, allowed, limit)
         while stack and steps < _STEPS and found < _CUTS:
             steps += 1
             frontier, open_, inside = stack.pop()
-            if len(set(map(self._facts.canonical, frontier))) > wanted or len(inside) > limit:
+            if len(set(map(self._analysis.canonical, frontier))) > wanted or len(inside) > limit:
                 continue
             if not open_:
-                key = frozenset(map(self._facts.canonical, frontier))
+                key = frozenset(map(self._analysis.canonical, frontier))
                 if key not in seen and len(key) == wanted and self._fits(inside):
                     seen.add(key)
                     found += 1
@@ -164,11 +169,11 @@ class Locator:
                 continue
             node = max(open_, key=order.__getitem__)
             rest = open_ - {node}
-            is_known = self._facts.canonical(node) in known
+            is_known = self._analysis.canonical(node) in known
             if is_known or (node is not result and self._may_be_input(node, frontier) and allowed(node)):
                 stack.append(((*frontier, node), rest, inside))
             if not is_known and self.is_passable(node) and opens(node):
-                parents = [p for p in node.all_input_nodes if not opset.is_symbolic(p)]
+                parents = [p for p in node.all_input_nodes if not operations.is_symbolic(p)]
                 stack.append((frontier, rest | frozenset(parents), (*inside, node)))
 
     def _openings(
@@ -182,7 +187,7 @@ class Locator:
         viable: dict[Node, bool] = {}
 
         def is_end(node: Node) -> bool:
-            if self._facts.canonical(node) in known or opset.is_symbolic(node):
+            if self._analysis.canonical(node) in known or operations.is_symbolic(node):
                 return True
             return self._is_constant(node) or (_is_tensor(node) and allowed(node))
 
@@ -192,7 +197,7 @@ class Locator:
             if node in viable:
                 stack.pop()
                 continue
-            if not self.is_passable(node) or self._facts.canonical(node) in known or len(entered) > 8 * limit:
+            if not self.is_passable(node) or self._analysis.canonical(node) in known or len(entered) > 8 * limit:
                 viable[node] = is_end(node) or len(entered) > 8 * limit
                 continue
             missing = [p for p in node.all_input_nodes if p not in viable]
@@ -208,7 +213,7 @@ class Locator:
         return _is_tensor(node) and not self._is_constant(node) and not self._feeds(node, frontier)
 
     def _is_constant(self, node: Node) -> bool:
-        return is_undefined(node) or (node.op == "call_function" and opset.is_literal(node))
+        return is_undefined(node) or (node.op == "call_function" and operations.is_literal(node))
 
     def _feeds(self, node: Node, frontier: Sequence[Node]) -> bool:
         """Is one of `frontier` computed from `node` by steps that could all be the region's? Then it is no input."""

@@ -19,7 +19,7 @@ import torch
 from torch.fx import Node
 
 from fx_fusion.decline import Decline
-from fx_fusion.graph import operations as opset
+from fx_fusion.graph import operations
 from fx_fusion.graph.sizes import Sizes
 from fx_fusion.graph.torch_compat import FakeTensor, HigherOrderOperator, pytree
 from fx_fusion.proof.evaluate import Arithmetic, evaluate, schedule
@@ -37,11 +37,11 @@ _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def is_product(node: Node) -> bool:
-    return node.target in opset.PRODUCTS
+    return node.target in operations.PRODUCTS
 
 
 def is_undefined(node: Node) -> bool:
-    return node.target in opset.UNDEFINED
+    return node.target in operations.UNDEFINED
 
 
 def coarsest(nodes: Iterable[Node]) -> torch.dtype:
@@ -52,19 +52,19 @@ def coarsest(nodes: Iterable[Node]) -> torch.dtype:
 
 def is_free(node: Node, floor: torch.dtype | None) -> bool:
     """Is `node` a step whose meaning samples cannot prove? Without a `floor`, rounding makes no step free."""
-    if node.op != "call_function" or opset.is_symbolic(node) or opset.is_movement(node) or is_undefined(node):
+    if node.op != "call_function" or operations.is_symbolic(node) or operations.is_movement(node) or is_undefined(node):
         return False
-    if opset.is_cast(node):
+    if operations.is_cast(node):
         return _is_lossy(node, floor)
-    if node.target in opset.SMOOTH or is_product(node):
+    if node.target in operations.SMOOTH or is_product(node):
         return _rounds_below(node, floor)
-    if node.target in opset.ROOTS:
+    if node.target in operations.ROOTS:
         try:
             check_root(node)
         except Decline:
             return True
         return _rounds_below(node, floor)
-    return not (opset.is_analytic(node) or opset.is_literal(node))
+    return not (operations.is_analytic(node) or operations.is_literal(node))
 
 
 def _is_lossy(node: Node, floor: torch.dtype | None) -> bool:
@@ -228,9 +228,9 @@ def _same_arguments(mine: Node, theirs: Node, region: _Run, pattern: _Run) -> bo
 def _same_argument(a: Any, b: Any, region: _Run, pattern: _Run) -> bool:
     sizes = region.side.sizes
     a = sizes.concrete(a) if isinstance(a, torch.SymInt) else a
-    if isinstance(a, Node) and opset.is_symbolic(a):
+    if isinstance(a, Node) and operations.is_symbolic(a):
         a = sizes.value(a)
-    if isinstance(b, Node) and opset.is_symbolic(b):
+    if isinstance(b, Node) and operations.is_symbolic(b):
         b = b.meta["val"]
     if not isinstance(a, Node) or not isinstance(b, Node):
         if isinstance(a, torch.device):

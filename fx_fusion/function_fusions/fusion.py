@@ -28,8 +28,8 @@ from fx_fusion.function_fusions.replacement import compare_replacement
 from fx_fusion.function_fusions.samples import Sampler
 from fx_fusion.function_fusions.search import Place, Search, Tracer, compare
 from fx_fusion.fusion import Assessment, Fusion
-from fx_fusion.graph import operations as opset
-from fx_fusion.graph.analysis import Facts
+from fx_fusion.graph import operations
+from fx_fusion.graph.analysis import GraphAnalysis
 from fx_fusion.graph.edit import Emitter
 from fx_fusion.graph.operations import aten, value_of
 from fx_fusion.graph.paths import Branch, branch_key, is_moved_from, strip_aliases
@@ -121,15 +121,15 @@ class FunctionFusion(Fusion[Place, Match]):
                     raise ValueError(f"register_fusion: {self.name}: {decline.found}") from None
                 log.info("fx_fusion: %s is compared with its pattern at its first match: %s", self.name, decline.found)
 
-    def find(self, facts: Facts) -> tuple[list[Place], list[Decline]]:
+    def find(self, analysis: GraphAnalysis) -> tuple[list[Place], list[Decline]]:
         tracer, covered = Tracer(), set[Node]()
         places: list[Place] = []
         nearest: list[tuple[Node, Decline]] = []
         for pattern in self._patterns:
-            search = Search(facts, pattern, tracer)
+            search = Search(analysis, pattern, tracer)
             places.extend(search.places(covered))
             nearest.extend(search.nearest)
-        places.sort(key=lambda place: facts.order[place.anchor])
+        places.sort(key=lambda place: analysis.order[place.anchor])
         return places, self._misses(places, nearest, covered)
 
     def _misses(
@@ -150,15 +150,15 @@ class FunctionFusion(Fusion[Place, Match]):
         )
         return [Decline("fusion.no_match", found, furthest.nodes)]
 
-    def read(self, facts: Facts, candidate: Place, memo: dict[object, Any]) -> Match:
-        inputs = Search(facts, candidate.pattern, Tracer()).inputs(candidate.tensors)
+    def read(self, analysis: GraphAnalysis, candidate: Place, memo: dict[object, Any]) -> Match:
+        inputs = Search(analysis, candidate.pattern, Tracer()).inputs(candidate.tensors)
         nodes = schedule(candidate.results, inputs)
         leaves = list(candidate.tensors.values())
         keys = [branch_key(Branch(leaves[0], leaves[0], node, (), ()), leaves[1:]) for node in candidate.results]
         key = (self.name, id(candidate.pattern), repr(candidate.others), tuple(candidate.tensors), tuple(keys))
         if key not in memo:
             try:
-                memo[key] = (self._prove(facts, candidate, inputs, nodes), self._verify(facts, candidate))
+                memo[key] = (self._prove(analysis, candidate, inputs, nodes), self._verify(analysis, candidate))
             except Decline as decline:
                 memo[key] = decline
         if isinstance(memo[key], Decline):
@@ -167,9 +167,9 @@ class FunctionFusion(Fusion[Place, Match]):
         self._ask(candidate)
         return Match(candidate, tuple(nodes), error, verified)
 
-    def _prove(self, facts: Facts, place: Place, inputs: Mapping[Node, str], nodes: Sequence[Node]) -> float:
+    def _prove(self, analysis: GraphAnalysis, place: Place, inputs: Mapping[Node, str], nodes: Sequence[Node]) -> float:
         worst = 0.0
-        for sizes in facts.sizes:
+        for sizes in analysis.sizes:
             pattern = self._traced(place, sizes)
             comparison = compare(inputs, place.results, pattern, pattern.results, sizes, nodes)
             worst = max(worst, prove(comparison, Sampler(pattern, seed=4), coarsest([*inputs, *place.results])))
@@ -183,10 +183,10 @@ class FunctionFusion(Fusion[Place, Match]):
         except NotTraceable as error:
             raise Decline("fusion.no_match", f"the pattern does not take these tensors: {error}") from error
 
-    def _verify(self, facts: Facts, place: Place) -> float:
+    def _verify(self, analysis: GraphAnalysis, place: Place) -> float:
         """The replacement beside the pattern, at the sizes, dtypes and strides of the match, where it would run."""
         worst = 0.0
-        for sizes in facts.sizes:
+        for sizes in analysis.sizes:
             values = {name: node.meta["val"] for name, node in place.tensors.items()}
             shapes = {name: _meta_like(value, sizes) for name, value in values.items()}
             device = next(iter(values.values())).device
@@ -221,15 +221,15 @@ class FunctionFusion(Fusion[Place, Match]):
             raise Decline("contract.kernel", found)
         return "replacement"
 
-    def check(self, facts: Facts, match: Match) -> None:
+    def check(self, analysis: GraphAnalysis, match: Match) -> None:
         place = match.place
         operands = list(place.tensors.values())
         check_devices(operands)
-        check_convex(facts, operands, place.results)
-        _check_escapes(facts, match)
-        traced = self._traced(place, facts.sizes[0])
+        check_convex(analysis, operands, place.results)
+        _check_escapes(analysis, match)
+        traced = self._traced(place, analysis.sizes[0])
         for name in traced.mutated:
-            _check_overwritten(facts, place, place.tensors[name], match.nodes)
+            _check_overwritten(analysis, place, place.tensors[name], match.nodes)
 
     def rewrite(self, graph: Graph, match: Match, kernel: str) -> None:
         insert(graph, match.place, self.replacement)
@@ -266,7 +266,7 @@ def prove(comparison: Comparison, sampler: Sampler, dtype: torch.dtype) -> float
 def _turns(comparison: Comparison) -> bool:
     """Is there a sine or cosine? Of large numbers it is noise."""
     return any(
-        opset.row(node).rare == "trigonometric"
+        operations.row(node).rare == "trigonometric"
         for side in (comparison.region, comparison.pattern)
         for node in side.nodes
     )
@@ -298,9 +298,9 @@ def _corresponding(place: Place, replacement: Functional) -> list[tuple[Node, No
 
 def _copy(emit: Emitter, node: Node, copied: Mapping[Node, Any]) -> Node:
     args, kwargs = map_aggregate((node.args, node.kwargs), lambda a: copied[a] if isinstance(a, Node) else a)
-    target = aten.reshape.default if node.target in opset.RESHAPE else node.target
+    target = aten.reshape.default if node.target in operations.RESHAPE else node.target
     new = emit.call_with_value(node.meta["val"], target, *args, **kwargs)
-    if opset.is_opaque(node):
+    if operations.is_opaque(node):
         # A custom operation or a kernel launch gets its tensors with the strides that they have here.
         new.meta["eager_input_vals"] = map_aggregate((tuple(args), dict(kwargs)), value_of)
     return new
@@ -312,35 +312,35 @@ def _current(node: Node) -> Node:
     return node
 
 
-def _check_escapes(facts: Facts, match: Match) -> None:
+def _check_escapes(analysis: GraphAnalysis, match: Match) -> None:
     """A value that only the replaced computation made must not be needed elsewhere."""
     inside, place = set(match.nodes), match.place
     operands = set(place.tensors.values())
     for node in match.nodes:
-        if node in place.results or opset.is_symbolic(node) or opset.is_literal(node):
+        if node in place.results or operations.is_symbolic(node) or operations.is_literal(node):
             continue
         if any(is_moved_from(node, operand) for operand in operands):
             continue
-        outside = [user for user in facts.users(node) if user not in inside]
+        outside = [user for user in analysis.users(node) if user not in inside]
         if outside:
             found = f"{node} lies inside the region and {outside[0]} uses it too"
             raise Decline("region.escapes", found, [node, outside[0]])
 
 
-def _check_overwritten(facts: Facts, place: Place, operand: Node, nodes: Sequence[Node]) -> None:
+def _check_overwritten(analysis: GraphAnalysis, place: Place, operand: Node, nodes: Sequence[Node]) -> None:
     """Whoever reads what the replacement overwrites must be ordered before it, or the whole would be copied."""
     inside = set(nodes)
     operands = list(place.tensors.values())
     stack, seen = [strip_aliases(operand)], set[Node]()
     while stack:
         node = stack.pop()
-        for user in facts.users(node):
+        for user in analysis.users(node):
             if user in inside or user in seen or user.target is aten.copy_.default:
                 continue
             seen.add(user)
-            if user.target in opset.VIEW:
+            if user.target in operations.VIEW:
                 stack.append(user)
-            elif not any(facts.between(user, [each]) for each in operands):
+            elif not any(analysis.between(user, [each]) for each in operands):
                 found = f"{user} reads {operand} as it was before the replacement changes it"
                 raise Decline("store.old_cache_read", found, [user])
 

@@ -16,8 +16,8 @@ from fx_fusion.function_fusions.equivalence import Comparison, Side, coarsest
 from fx_fusion.function_fusions.parameters import Kind, Variant, asked
 from fx_fusion.function_fusions.pattern import Example, Pattern
 from fx_fusion.function_fusions.samples import Sampler
-from fx_fusion.graph import operations as opset
-from fx_fusion.graph.analysis import Facts
+from fx_fusion.graph import operations
+from fx_fusion.graph.analysis import GraphAnalysis
 from fx_fusion.graph.paths import Branch, branch_key
 from fx_fusion.graph.sizes import Sizes
 from fx_fusion.graph.torch_compat import pytree
@@ -134,11 +134,11 @@ class _Plan:
     locators: tuple[Locator, ...]
 
     @staticmethod
-    def of(facts: Facts, pattern: Pattern, variant: Variant) -> _Plan:
+    def of(analysis: GraphAnalysis, pattern: Pattern, variant: Variant) -> _Plan:
         example = pattern.example(variant)
         outlines = [Outline.of(example.traced, result) for result in example.traced.results]
         order = sorted(range(len(outlines)), key=lambda i: outlines[i].rarity, reverse=True)
-        return _Plan(variant, example, tuple(order), tuple(Locator(facts, outline) for outline in outlines))
+        return _Plan(variant, example, tuple(order), tuple(Locator(analysis, outline) for outline in outlines))
 
 
 @dataclass
@@ -173,11 +173,11 @@ class _Attempt:
 class Search:
     """All places of one pattern in one graph."""
 
-    def __init__(self, facts: Facts, pattern: Pattern, tracer: Tracer) -> None:
-        self._facts, self._pattern, self._tracer = facts, pattern, tracer
+    def __init__(self, analysis: GraphAnalysis, pattern: Pattern, tracer: Tracer) -> None:
+        self._analysis, self._pattern, self._tracer = analysis, pattern, tracer
         self._aliases: dict[Node, list[Node]] = {}
-        for node in facts.nodes:
-            self._aliases.setdefault(facts.canonical(node), []).append(node)
+        for node in analysis.nodes:
+            self._aliases.setdefault(analysis.canonical(node), []).append(node)
         self._known: dict[Hashable, Mapping[str, int | float] | Decline] = {}
         self.nearest: list[tuple[Node, Decline]] = []
 
@@ -188,7 +188,7 @@ class Search:
         self.nearest = [(anchor, decline) for anchor, decline in self.nearest if anchor not in covered]
 
     def _places(self, variant: Variant, covered: set[Node]) -> Iterator[Place]:
-        plan = _Plan.of(self._facts, self._pattern, variant)
+        plan = _Plan.of(self._analysis, self._pattern, variant)
         for anchor in plan.locators[plan.order[0]].anchors():
             if anchor in covered:
                 continue
@@ -212,8 +212,8 @@ class Search:
 
     def _with_cast(self, place: Place, plan: _Plan) -> Place:
         """The same place with the cast that follows its result, if the pattern gives that dtype too."""
-        users = self._facts.users(place.anchor)
-        if len(plan.order) > 1 or len(users) != 1 or not opset.is_cast(users[0]):
+        users = self._analysis.users(place.anchor)
+        if len(plan.order) > 1 or len(users) != 1 or not operations.is_cast(users[0]):
             return place
         attempt = _Attempt(plan, False, [])
         for cut in plan.locators[0].cuts(users[0]):
@@ -225,7 +225,9 @@ class Search:
 
     def inputs(self, tensors: Mapping[str, Node]) -> dict[Node, str]:
         """Every node that holds the value of a parameter."""
-        return {alias: name for name, node in tensors.items() for alias in self._aliases[self._facts.canonical(node)]}
+        return {
+            alias: name for name, node in tensors.items() for alias in self._aliases[self._analysis.canonical(node)]
+        }
 
     def _around(self, anchor: Node, attempt: _Attempt, covered: set[Node]) -> Iterator[Place]:
         first = attempt.plan.order[0]
@@ -253,8 +255,8 @@ class Search:
             return
         index = plan.order[len(results)]
         locator = plan.locators[index]
-        known = {self._facts.canonical(tensors[name]) for name in locator.outline.takes if name in tensors}
-        near = self._facts.order[next(iter(results.values()))]
+        known = {self._analysis.canonical(tensors[name]) for name in locator.outline.takes if name in tensors}
+        near = self._analysis.order[next(iter(results.values()))]
         for result in locator.results_near(self._users_near(known, near)):
             if result in results.values() or not attempt.may_be(index, result):
                 continue
@@ -265,10 +267,10 @@ class Search:
                     yield from self._complete(attempt, {**results, index: result}, {**tensors, **more})
 
     def _users_near(self, known: set[Node], position: int) -> list[Node]:
-        order = self._facts.order
+        order = self._analysis.order
         users: dict[Node, None] = {}
         for node in known:
-            of_it = [user for alias in self._aliases[node] for user in self._facts.users(alias)]
+            of_it = [user for alias in self._aliases[node] for user in self._analysis.users(alias)]
             of_it.sort(key=lambda user: abs(order[user] - position))
             users.update(dict.fromkeys(of_it[:_NEAREST]))
         return list(users)
@@ -282,7 +284,7 @@ class Search:
         likeness: Likeness | None,
     ) -> Iterator[dict[str, Node]]:
         takes = locator.outline.takes
-        known = {name: self._facts.canonical(tensors[name]) for name in takes if name in tensors}
+        known = {name: self._analysis.canonical(tensors[name]) for name in takes if name in tensors}
         rest = [node for node in cut.frontier if node not in known.values()]
         unbound = [name for name in takes if name not in known]
         if len(rest) == len(unbound):
@@ -314,7 +316,7 @@ class Search:
     def _solve(
         self, variant: Variant, strict: bool, results: Mapping[int, Node], tensors: Mapping[str, Node]
     ) -> Mapping[str, int | float]:
-        sizes = self._facts.sizes[0]
+        sizes = self._analysis.sizes[0]
         shapes = self._shapes(variant, tensors, sizes)
         partial = len(tensors) < len(shapes)
         nodes = schedule(results.values(), self.inputs(tensors))
@@ -417,7 +419,7 @@ def _literals(nodes: Sequence[Node]) -> list[int | float]:
     """Numbers written in the region, each once, in order."""
     found: dict[Any, None] = {}
     for node in nodes:
-        if opset.is_symbolic(node):
+        if operations.is_symbolic(node):
             continue
         for leaf in pytree.tree_leaves((list(node.args), dict(node.kwargs))):
             if type(leaf) in (int, float):

@@ -1,4 +1,4 @@
-"""Facts about one graph that every stage asks for: order, liveness, and which nodes hold equal values."""
+"""An analysis of one graph that every stage asks for: order, liveness, and which nodes hold equal values."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from fx_fusion.graph import operations as opset
+from fx_fusion.graph import operations
 from fx_fusion.graph.operations import aten
 from fx_fusion.graph.sizes import Sizes, admissible_sizes
 from fx_fusion.graph.torch_compat import OpOverload
 
 
-class Facts:
+class GraphAnalysis:
     """Computed once for a graph; read-only afterwards.
 
     Inductor runs no common-subexpression elimination in inference, so the same lookup recurs for q, for k and in
@@ -37,7 +37,7 @@ class Facts:
     @functools.cached_property
     def draws(self) -> list[Node]:
         """What draws random numbers, in graph order."""
-        return [node for node in self.nodes if opset.draws(node)]
+        return [node for node in self.nodes if operations.draws(node)]
 
     def value_number(self, node: Node) -> int:
         return self.numbers[node]
@@ -70,7 +70,7 @@ class Facts:
                 missing -= dependent
             dependent &= missing | {node}
             for parent in ancestor.all_input_nodes if dependent else ():
-                if parent.op == "get_attr" or opset.is_symbolic(parent):
+                if parent.op == "get_attr" or operations.is_symbolic(parent):
                     continue
                 if parent not in dependents:
                     dependents[parent] = set()
@@ -94,7 +94,7 @@ class Facts:
                 if number not in numbers:
                     numbers[number] = len(numbers)
                     feeding.append(parent)
-                    described.append(number if opset.is_literal(parent) else describe(parent))
+                    described.append(number if operations.is_literal(parent) else describe(parent))
                 local[parent] = numbers[number]
             described.append((node.target, freeze(node.args, local), freeze(node.kwargs, local), describe(node)))
             numbers.setdefault(self.value_number(node), len(numbers))
@@ -111,7 +111,7 @@ class Facts:
         stack = list(targets)
         while stack:
             node = stack.pop()
-            if node in ancestors or self.order[node] < start or opset.is_symbolic(node):
+            if node in ancestors or self.order[node] < start or operations.is_symbolic(node):
                 continue
             ancestors.add(node)
             stack.extend(node.all_input_nodes)
@@ -164,7 +164,7 @@ def _value_key(node: Node, numbers: dict[Node, int]) -> Hashable:
 def _is_pure(node: Node) -> bool:
     if not isinstance(node.target, OpOverload):
         return callable(node.target) and getattr(node.target, "__module__", "") == "_operator"
-    return not node.target._schema.is_mutable and not opset.draws(node)
+    return not node.target._schema.is_mutable and not operations.draws(node)
 
 
 def freeze(value: Any, numbers: dict[Node, int]) -> Hashable:

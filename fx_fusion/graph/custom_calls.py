@@ -33,7 +33,7 @@ from fx_fusion.graph.torch_compat import (
 
 
 @dataclass(frozen=True)
-class Part:
+class WrittenView:
     """A written argument: the part `box` of `base`, in shape `size`.
 
     If its dimensions follow each other otherwise than in `base`, `order` holds them as they do there.
@@ -56,7 +56,7 @@ class OpaqueCall:
     op: OpOverload
     arguments: Mapping[str, Any]
     written: tuple[str, ...]
-    parts: Mapping[str, Part]
+    parts: Mapping[str, WrittenView]
 
     @property
     def bases(self) -> list[Node]:
@@ -128,7 +128,7 @@ def _read_v2(node: Node, op: OpOverload) -> OpaqueCall:
     if not all(f"_{name}_base_index" in given for name in names):
         raise Decline("meaning.views", f"{op} writes to tensors that it is not given, or to lists of them", [node])
     views = read_view_information_from_args(names, types, given, bases)  # type: ignore[arg-type]
-    parts: dict[str, Part] = {}
+    parts: dict[str, WrittenView] = {}
     for name, view in views.items():
         if view is None:
             given[name] = None
@@ -139,14 +139,14 @@ def _read_v2(node: Node, op: OpOverload) -> OpaqueCall:
     return OpaqueCall(node, op, given, tuple(names), parts)
 
 
-def _part(node: Node, name: str, base: Node, view: Any) -> Part:
+def _part(node: Node, name: str, base: Node, view: Any) -> WrittenView:
     value: torch.Tensor = base.meta["val"]
     if isinstance(view, (NotView, AliasViewInfo)):
-        return Part(base, whole(value), tuple(value.shape))
+        return WrittenView(base, whole(value), tuple(value.shape))
     if isinstance(view, SliceViewInfo):
         dim, start, end = (value_of(each) for each in (view.dim, view.start, view.end))
         box = cut(value, dim, start, end)
-        return Part(base, box, tuple(length for _, length in box))
+        return WrittenView(base, box, tuple(length for _, length in box))
     assert isinstance(view, AsStridedViewInfo), view
     size: Any = map_aggregate(tuple(view.size), value_of)
     stride: Any = map_aggregate(tuple(view.stride), value_of)
@@ -155,7 +155,7 @@ def _part(node: Node, name: str, base: Node, view: Any) -> Part:
         dims = order or range(len(size))
         found = box_of(value, [size[dim] for dim in dims], [stride[dim] for dim in dims], offset)
         if found is not None:
-            return Part(base, found, tuple(size), order)
+            return WrittenView(base, found, tuple(size), order)
     reason = f"{name} of {node} is no rectangular part of {base}: size {list(size)}, stride {list(stride)}"
     raise Decline("meaning.views", reason, [node])
 
@@ -165,7 +165,7 @@ def _widest_first(stride: Sequence[Any]) -> tuple[int, ...]:
     return tuple(sorted(range(len(stride)), key=lambda dim: -stride[dim])) if known else ()
 
 
-def _check_disjoint(node: Node, parts: Mapping[str, Part]) -> None:
+def _check_disjoint(node: Node, parts: Mapping[str, WrittenView]) -> None:
     items = list(parts.items())
     for i, (name, part) in enumerate(items):
         for other, its in items[:i]:

@@ -19,8 +19,8 @@ import torch
 from torch.fx import Node
 
 from fx_fusion.decline import Decline
-from fx_fusion.graph import operations as opset
-from fx_fusion.graph.analysis import Facts, freeze
+from fx_fusion.graph import operations
+from fx_fusion.graph.analysis import GraphAnalysis, freeze
 from fx_fusion.graph.operations import aten, node_of
 from fx_fusion.graph.sizes import Sizes, same
 
@@ -43,14 +43,14 @@ class Branch:
         return torch.Size(sizes.shape(self.projection.meta["val"])[:-1]).numel()
 
 
-def branch_between(facts: Facts, projection: Node, data: Node, out: Node) -> Branch:
-    nodes = tuple(node for node in facts.between(data, [out]) if node is not data)
+def branch_between(analysis: GraphAnalysis, projection: Node, data: Node, out: Node) -> Branch:
+    nodes = tuple(node for node in analysis.between(data, [out]) if node is not data)
     inside = {data, *nodes}
     frontier = dict.fromkeys(p for node in nodes for p in node.all_input_nodes if p not in inside)
     return Branch(projection, data, out, nodes, tuple(frontier))
 
 
-def data_cuts(facts: Facts, origin: Node, out: Node) -> list[Node]:
+def data_cuts(analysis: GraphAnalysis, origin: Node, out: Node) -> list[Node]:
     """Where the data of the branch to `out` may begin, the earliest first.
 
     Candidates are the values that every path from `origin` to `out` passes through, after which only analytic steps
@@ -61,27 +61,30 @@ def data_cuts(facts: Facts, origin: Node, out: Node) -> list[Node]:
     Raises:
         Decline: ``proof.not_analytic``, if a step that is not analytic leaves no candidate.
     """
-    path = facts.between(origin, [out])
+    path = analysis.between(origin, [out])
     chain = _bottlenecks(path)
     body = [node for node in path if node is not origin]
-    projection = max((facts.order[node] for node in body if opset.is_opaque(node)), default=facts.order[origin])
-    blocker = next((node for node in reversed(body) if not opset.is_analytic(node)), None)
-    first = facts.order[blocker] if blocker is not None else facts.order[origin]
-    last = min(
-        (facts.order[node] for node in body if opset.takes_root(node) and facts.order[node] > projection), default=None
+    projection = max(
+        (analysis.order[node] for node in body if operations.is_opaque(node)), default=analysis.order[origin]
     )
-    cuts = [node for node in chain[:-1] if facts.order[node] >= first and not opset.is_complex_tensor(node)]
+    blocker = next((node for node in reversed(body) if not operations.is_analytic(node)), None)
+    first = analysis.order[blocker] if blocker is not None else analysis.order[origin]
+    last = min(
+        (analysis.order[node] for node in body if operations.takes_root(node) and analysis.order[node] > projection),
+        default=None,
+    )
+    cuts = [node for node in chain[:-1] if analysis.order[node] >= first and not operations.is_complex_tensor(node)]
     if last is not None:
-        cuts = [node for node in cuts if facts.order[node] < last]
+        cuts = [node for node in cuts if analysis.order[node] < last]
     cuts = _without_padding(cuts)
     if not cuts:
         step = blocker or out
-        if step.target in opset.CENTRED_NORMS:
+        if step.target in operations.CENTRED_NORMS:
             found = f"{step} ({step.target}) subtracts the mean, as a LayerNorm does; expected an RMSNorm"
             raise Decline("norm.not_rms", found, [step])
         raise Decline("proof.not_analytic", f"{step} ({step.target}) stands between the projection and {out}", [step])
     copies = [node for node in cuts[1:] if node.target is aten.clone.default]
-    return [cuts[0], *(node for node in cuts[1:] if not opset.is_movement(node)), *copies]
+    return [cuts[0], *(node for node in cuts[1:] if not operations.is_movement(node)), *copies]
 
 
 def _bottlenecks(path: Sequence[Node]) -> list[Node]:
@@ -97,14 +100,14 @@ def _bottlenecks(path: Sequence[Node]) -> list[Node]:
     return found
 
 
-def rows_of_tokens(facts: Facts, origin: Node, cut: Node) -> Node:
+def rows_of_tokens(analysis: GraphAnalysis, origin: Node, cut: Node) -> Node:
     """The value on the way from `origin` to `cut` that has one row a token: `cut` itself, or, where a step that is not
     analytic stands after the heads were split, the matrix product before them.
     """
-    path = facts.between(origin, [cut])
-    product = next((node for node in reversed(path) if opset.is_opaque(node)), origin)
+    path = analysis.between(origin, [cut])
+    product = next((node for node in reversed(path) if operations.is_opaque(node)), origin)
     after = path[path.index(product) + 1 :]
-    moves = all(opset.is_movement(node) for node in after)
+    moves = all(operations.is_movement(node) for node in after)
     return cut if moves or any(drops_rows(node) for node in after) else product
 
 
@@ -112,7 +115,7 @@ def _without_padding(cuts: list[Node]) -> list[Node]:
     """Inductor pads matrix products and cuts the padding off again: the data begins after the cut."""
     start = 0
     for i, node in enumerate(cuts):
-        if i and not opset.is_movement(node):
+        if i and not operations.is_movement(node):
             break
         if drops_rows(node):
             start = i
@@ -137,7 +140,7 @@ def strip(node: Node, *, keep_order: bool = False) -> Node:
     """The value that `node` is a view, a negation or a widened copy of; with `keep_order`, no further than where
     dimensions change places.
     """
-    while opset.is_movement(node) or node.target is aten.neg.default or widens(node):
+    while operations.is_movement(node) or node.target is aten.neg.default or widens(node):
         if keep_order and _reorders(node):
             break
         node = node_of(node.args[0])
@@ -156,24 +159,24 @@ def _reorders(node: Node) -> bool:
 
 def strip_views(node: Any, *, keep_rows: bool = False) -> Node:
     """The value that `node` is moved from; with `keep_rows`, no further than where rows are dropped."""
-    while opset.is_movement(node) and not _is_one_of_several(node) and not (keep_rows and drops_rows(node)):
+    while operations.is_movement(node) and not _is_one_of_several(node) and not (keep_rows and drops_rows(node)):
         node = node.args[0]
     return node_of(node)
 
 
 def is_moved_from(node: Node, source: Node) -> bool:
     """Is `node` nothing but `source`, moved and cast?"""
-    while node is not source and (opset.is_movement(node) or opset.is_cast(node)):
+    while node is not source and (operations.is_movement(node) or operations.is_cast(node)):
         node = node_of(node.args[0])
     return node is source
 
 
 def widens(node: Node) -> bool:
     """Is `node` a cast to a float dtype that holds every value of its input?"""
-    if not opset.is_cast(node):
+    if not operations.is_cast(node):
         return False
     source, target = node_of(node.args[0]).meta["val"].dtype, node.meta["val"].dtype
-    return source.is_floating_point and target.is_floating_point and opset.holds(target, source)
+    return source.is_floating_point and target.is_floating_point and operations.holds(target, source)
 
 
 def strip_aliases(node: Any) -> Node:
@@ -184,12 +187,12 @@ def strip_aliases(node: Any) -> Node:
 
 
 def _is_alias(node: Node) -> bool:
-    return node.op == "call_function" and node.target in opset.VIEW and not _is_one_of_several(node)
+    return node.op == "call_function" and node.target in operations.VIEW and not _is_one_of_several(node)
 
 
 def _is_one_of_several(node: Node) -> bool:
     """Is `node` one of the results of an operation that is no view?"""
-    return node.target is operator.getitem and node_of(node.args[0]).target not in opset.VIEW
+    return node.target is operator.getitem and node_of(node.args[0]).target not in operations.VIEW
 
 
 def alias_steps(base: Node, view: Node) -> list[Node]:
@@ -204,48 +207,48 @@ def alias_steps(base: Node, view: Node) -> list[Node]:
 class Rotations:
     """Which nodes combine data with which angles: the key's angles lead to the query."""
 
-    def __init__(self, facts: Facts) -> None:
-        self._facts = facts
+    def __init__(self, analysis: GraphAnalysis) -> None:
+        self._analysis = analysis
         self._sites: dict[int, list[Node]] = {}
-        for node in facts.nodes:
-            if node not in facts.live or not opset.is_arithmetic(node):
+        for node in analysis.nodes:
+            if node not in analysis.live or not operations.is_arithmetic(node):
                 continue
             for parent in node.all_input_nodes:
-                if opset.is_float_tensor(parent) or opset.is_complex_tensor(parent):
-                    root = facts.value_number(strip(parent))
+                if operations.is_float_tensor(parent) or operations.is_complex_tensor(parent):
+                    root = analysis.value_number(strip(parent))
                     self._sites.setdefault(root, []).append(node)
 
     def find_query(self, key: Branch, value: Node) -> tuple[list[Node], Node]:
         """Candidates for the rotated query, the latest first, and the value that it and `value` both come from."""
-        facts = self._facts
+        analysis = self._analysis
         inside = {key.data, *key.nodes}
-        angles = {facts.value_number(strip(node)) for node in key.frontier if _is_wide(node)}
+        angles = {analysis.value_number(strip(node)) for node in key.frontier if _is_wide(node)}
         sites = {site for root in angles for site in self._sites.get(root, ()) if site not in inside}
-        position = facts.order[key.out]
-        near = sorted(sites, key=lambda site: abs(facts.order[site] - position))[:8]
-        rotated = set(facts.between(key.out, near))
-        meeting = facts.latest_common_ancestors(value, [site for site in near if site not in rotated])
+        position = analysis.order[key.out]
+        near = sorted(sites, key=lambda site: abs(analysis.order[site] - position))[:8]
+        rotated = set(analysis.between(key.out, near))
+        meeting = analysis.latest_common_ancestors(value, [site for site in near if site not in rotated])
         origins = {site: meeting[site] for site in near if site in meeting}
         if not origins:
             raise Decline(
                 "rope.query_missing", f"no other value is rotated by the angles that rotate {key.out}", [key.out]
             )
-        origin = max(origins.values(), key=facts.order.__getitem__)
+        origin = max(origins.values(), key=analysis.order.__getitem__)
         starts = [site for site, its_origin in origins.items() if its_origin is origin]
-        starts = [site for site in starts if not any(_in_a_later_layer(facts, other, site) for other in starts)]
+        starts = [site for site in starts if not any(_in_a_later_layer(analysis, other, site) for other in starts)]
         return self._exits(starts), strip_views(origin)
 
     def _exits(self, starts: Sequence[Node]) -> list[Node]:
         """The values through which everything that leaves the computation after `starts` must pass."""
-        facts = self._facts
+        analysis = self._analysis
         forward: dict[Node, None] = dict.fromkeys(starts)
         exit_node = object()
         flow = nx.DiGraph()
         stack = list(starts)
         while stack:
             node = stack.pop()
-            for user in facts.users(node):
-                if not opset.is_analytic(user):
+            for user in analysis.users(node):
+                if not operations.is_analytic(user):
                     flow.add_edge(exit_node, node)
                     continue
                 flow.add_edge(user, node)
@@ -263,30 +266,30 @@ class Rotations:
                 chain.append(node)
                 node = idom[node]
             common = chain if common is None else [node for node in common if node in chain]
-        candidates = [node for node in reversed(common or []) if not opset.is_movement(node)]
+        candidates = [node for node in reversed(common or []) if not operations.is_movement(node)]
         if not candidates:
             raise Decline("rope.query_escapes", f"{starts[0]} reaches its consumers in several pieces", starts)
         return candidates
 
 
 def _is_wide(node: Node) -> bool:
-    return (opset.is_float_tensor(node) or opset.is_complex_tensor(node)) and node.meta["val"].dim() > 0
+    return (operations.is_float_tensor(node) or operations.is_complex_tensor(node)) and node.meta["val"].dim() > 0
 
 
-def _in_a_later_layer(facts: Facts, first: Node, second: Node) -> bool:
+def _in_a_later_layer(analysis: GraphAnalysis, first: Node, second: Node) -> bool:
     """Does `second` depend on `first` through a matrix product or an opaque operation?"""
-    return any(opset.is_opaque(node) for node in facts.between(first, [second])[1:])
+    return any(operations.is_opaque(node) for node in analysis.between(first, [second])[1:])
 
 
-def angles_after_projection(facts: Facts, origin: Node, out: Node) -> int:
+def angles_after_projection(analysis: GraphAnalysis, origin: Node, out: Node) -> int:
     """How many tensors with angles (or a norm's weight) feed the way from the last projection to `out`?"""
-    path = facts.between(origin, [out])
+    path = analysis.between(origin, [out])
     inside = set(path)
     tail = {out}
     for node in reversed(path):
-        if node in tail and not opset.is_opaque(node):
+        if node in tail and not operations.is_opaque(node):
             tail.update(parent for parent in node.all_input_nodes if parent in inside)
-    body = [node for node in path if node in tail and not opset.is_opaque(node) and node is not origin]
+    body = [node for node in path if node in tail and not operations.is_opaque(node) and node is not origin]
     return len(
         {parent for node in body for parent in node.all_input_nodes if parent not in inside and _is_wide(parent)}
     )
@@ -314,11 +317,11 @@ def numbered_branch(branch: Branch, origins: Sequence[Node]) -> tuple[tuple[Any,
         stack = [node]
         while stack:
             top = stack[-1]
-            missing = [] if opset.is_symbolic(top) else [p for p in top.all_input_nodes if p not in local]
+            missing = [] if operations.is_symbolic(top) else [p for p in top.all_input_nodes if p not in local]
             if top in local or not missing:
                 stack.pop()
                 if top not in local:
-                    step = () if opset.is_symbolic(top) else (freeze(top.args, local), freeze(top.kwargs, local))
+                    step = () if operations.is_symbolic(top) else (freeze(top.args, local), freeze(top.kwargs, local))
                     described.append((str(top.target), *step, _describe(top)))
                     local[top] = len(local)
                 continue

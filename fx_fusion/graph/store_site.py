@@ -20,8 +20,8 @@ import torch
 from torch.fx import Node
 
 from fx_fusion.decline import Decline
-from fx_fusion.graph import operations as opset
-from fx_fusion.graph.analysis import Facts, freeze
+from fx_fusion.graph import operations
+from fx_fusion.graph.analysis import GraphAnalysis, freeze
 from fx_fusion.graph.custom_calls import operation
 from fx_fusion.graph.operations import aten, node_of
 from fx_fusion.graph.paths import alias_steps, angles_after_projection, strip_aliases, strip_views
@@ -97,27 +97,27 @@ class Store:
     def keeps_order(self) -> bool:
         """Are the elements of ``after`` in the order of those of ``base``, whatever their shapes?"""
         steps = self.part(self.scatters[-1]) if self.scatters else self.views
-        return all(step.target in opset.RESHAPE or step.target is aten.alias.default for step in steps)
+        return all(step.target in operations.RESHAPE or step.target is aten.alias.default for step in steps)
 
     @property
     def into_slice(self) -> bool:
         """Is the value put into a slice of the view, rather than at indices?"""
-        return self.writer.target in opset.SCATTERS
+        return self.writer.target in operations.SCATTERS
 
     @property
     def last_steps(self) -> list[Node]:
         """From what takes the value, a mask or a copy, to the writer."""
         steps = [self.writer]
         while steps[-1] is not self.value:
-            source = steps[-1].args[opset.WRITERS.get(steps[-1].target, 1)]
+            source = steps[-1].args[operations.WRITERS.get(steps[-1].target, 1)]
             steps.append(node_of(self.value if self.mask and steps[-1] is self.mask.where else source))
         return steps[:-1]
 
-    def steps_from(self, facts: Facts, source: Node) -> list[Node]:
+    def steps_from(self, analysis: GraphAnalysis, source: Node) -> list[Node]:
         """The steps from `source`, on the way to the store's own part, to the value."""
         if self.join is None:
-            return facts.between(source, [self.value])[1:]
-        return facts.between(source, [self.own])[1:] + facts.between(self.join.node, [self.value])
+            return analysis.between(source, [self.value])[1:]
+        return analysis.between(source, [self.own])[1:] + analysis.between(self.join.node, [self.value])
 
     def part(self, scatter: Node) -> list[Node]:
         """The steps from ``base`` to the part of it that `scatter` changes a part of."""
@@ -128,22 +128,22 @@ _JOINS = (aten.cat.default, aten.stack.default)
 _INTEGER_CACHES = (torch.uint8, torch.int8)
 
 
-def find_stores(facts: Facts) -> tuple[list[Store], list[Decline]]:
+def find_stores(analysis: GraphAnalysis) -> tuple[list[Store], list[Decline]]:
     """Every in-place cache store of the graph, and a decline for each input that is mutated some other way.
 
     Integers are no cache, but for bytes that hold a float8.
     """
     stores: list[Store] = []
     declined: list[Decline] = []
-    for node in facts.nodes:
+    for node in analysis.nodes:
         if node.op != "call_function" or node.target is not aten.copy_.default:
             continue
         cache, final = node_of(node.args[0]), node_of(node.args[1])
-        is_float = opset.is_float_tensor(cache)
+        is_float = operations.is_float_tensor(cache)
         if not is_float and cache.meta["val"].dtype not in _INTEGER_CACHES:
             continue
         try:
-            chain = _stores_into(facts, cache, final)
+            chain = _stores_into(analysis, cache, final)
         except Decline as decline:
             declined.extend([decline] if is_float else [])
             continue
@@ -153,7 +153,7 @@ def find_stores(facts: Facts) -> tuple[list[Store], list[Decline]]:
             declined.append(Decline("store.integer_cache", found, [strange[0].writer]))
             continue
         stores.extend(chain)
-    return _without_outsiders(facts, stores, declined), declined
+    return _without_outsiders(analysis, stores, declined), declined
 
 
 def joined(node: Node) -> list[Node]:
@@ -164,23 +164,23 @@ def joined(node: Node) -> list[Node]:
 def stored_dtype(store: Store) -> torch.dtype:
     """What the cache's elements are: of bytes, the float8 that they spell."""
     node = store.value
-    while opset.is_movement(node) or opset.is_reinterpretation(node):
+    while operations.is_movement(node) or operations.is_reinterpretation(node):
         source = node_of(node.args[0])
-        if opset.is_reinterpretation(node) and opset.is_float_tensor(source):
+        if operations.is_reinterpretation(node) and operations.is_float_tensor(source):
             return source.meta["val"].dtype
         node = source
     return store.view.meta["val"].dtype
 
 
-def _without_outsiders(facts: Facts, stores: list[Store], declined: list[Decline]) -> list[Store]:
+def _without_outsiders(analysis: GraphAnalysis, stores: list[Store], declined: list[Decline]) -> list[Store]:
     """Stores of what this graph computed, each value once."""
     kept: list[Store] = []
     seen: dict[int, Store] = {}
-    for store in sorted(stores, key=lambda store: facts.order[store.writer]):
+    for store in sorted(stores, key=lambda store: analysis.order[store.writer]):
         source = store.value
         while _keeps_elements(source):
             source = node_of(source.args[0])
-        number = facts.value_number(source)
+        number = analysis.value_number(source)
         if source.op == "placeholder":
             found = f"{store.writer} stores {source}, a graph input: was it computed before a graph break?"
             declined.append(Decline("store.value_is_input", found, [store.writer]))
@@ -195,18 +195,18 @@ def _without_outsiders(facts: Facts, stores: list[Store], declined: list[Decline
 
 def _keeps_elements(node: Node) -> bool:
     """Does `node` hold what its input does, all of it, elsewhere or in another dtype?"""
-    if not (opset.is_movement(node) or opset.is_cast(node) or opset.is_reinterpretation(node)):
+    if not (operations.is_movement(node) or operations.is_cast(node) or operations.is_reinterpretation(node)):
         return False
     after, before = node.meta["val"], node_of(node.args[0]).meta["val"]
     return isinstance(before, torch.Tensor) and same([before.numel()], [after.numel()])
 
 
-def _stores_into(facts: Facts, cache: Node, final: Node) -> list[Store]:
+def _stores_into(analysis: GraphAnalysis, cache: Node, final: Node) -> list[Store]:
     """The stores that make `final` of `cache`, the first one first. Raises Decline at a step that is no store."""
     found: list[Store] = []
     node = strip_aliases(final)
     while node is not cache:
-        store = _read_store(facts, cache, node)
+        store = _read_store(analysis, cache, node)
         if store.base.op in ("placeholder", "get_attr") and store.base is not cache:
             raise _unknown(cache, store.base)
         if store.base is not cache and not store.scatters and not store.into_slice:
@@ -229,10 +229,10 @@ def _since(store: Store, earlier: Sequence[Store]) -> tuple[Store, ...]:
     return tuple(earlier[first:])
 
 
-def _read_store(facts: Facts, cache: Node, node: Node) -> Store:
+def _read_store(analysis: GraphAnalysis, cache: Node, node: Node) -> Store:
     scatters: list[Node] = []
     writer = node
-    while writer.target in opset.SCATTERS:
+    while writer.target in operations.SCATTERS:
         inner = strip_aliases(writer.args[1])
         if not _writes(inner) or not _was(strip_aliases(writer.args[0]), strip_aliases(inner.args[0])):
             break
@@ -240,8 +240,8 @@ def _read_store(facts: Facts, cache: Node, node: Node) -> Store:
         writer = inner
     if not _writes(writer):
         raise _unknown(cache, writer)
-    written = node_of(writer.args[opset.WRITERS.get(writer.target, 1)])
-    if writer.target in opset.SCATTERS and written.target is aten.copy.default:
+    written = node_of(writer.args[operations.WRITERS.get(writer.target, 1)])
+    if writer.target in operations.SCATTERS and written.target is aten.copy.default:
         written = node_of(written.args[1])
     store = Store(cache, node_of(writer.args[0]), writer, written, tuple(scatters[::-1]))
     if any(strip_aliases(scatter.args[0]) is not store.base for scatter in scatters):
@@ -250,7 +250,7 @@ def _read_store(facts: Facts, cache: Node, node: Node) -> Store:
     if scatters and not store.keeps_order:
         found = f"{scatters[0]} puts what {writer} stored into {cache} with its dimensions in another order"
         raise Decline("store.cache_not_viewable", found, [scatters[0]])
-    return _read_mask(facts, store)
+    return _read_mask(analysis, store)
 
 
 def _was(value: Node, earlier: Node) -> bool:
@@ -261,14 +261,14 @@ def _was(value: Node, earlier: Node) -> bool:
 
 
 def _writes(node: Node) -> bool:
-    return node.op == "call_function" and (node.target in opset.WRITERS or node.target in opset.SCATTERS)
+    return node.op == "call_function" and (node.target in operations.WRITERS or node.target in operations.SCATTERS)
 
 
 def _unknown(cache: Node, node: Node) -> Decline:
     if node.op in ("placeholder", "get_attr"):
         found = f"the input {cache} is overwritten with {node}, or with what is stored into it: another tensor"
         return Decline("store.other_cache", found, [node])
-    if node.target in opset.ADDERS:
+    if node.target in operations.ADDERS:
         return Decline("store.accumulates", f"{node} adds to the cache; expected it to overwrite", [node])
     call = node_of(node.args[0]) if node.target is operator.getitem else node
     op = operation(call)
@@ -280,7 +280,7 @@ def _unknown(cache: Node, node: Node) -> Decline:
     return Decline("store.unknown_writer", found, [node])
 
 
-def _read_mask(facts: Facts, store: Store) -> Store:
+def _read_mask(analysis: GraphAnalysis, store: Store) -> Store:
     """Of ``where(flag, value, cache[slots])``, stored at the same slots, the value and the flag.
 
     Raises:
@@ -289,32 +289,32 @@ def _read_mask(facts: Facts, store: Store) -> Store:
     node = store.value
     if node.op != "call_function":
         return store
-    if node.target is aten.add.Tensor and any(_reads_back(facts, store, arg) for arg in node.args):
+    if node.target is aten.add.Tensor and any(_reads_back(analysis, store, arg) for arg in node.args):
         raise Decline("store.accumulates", f"{node} adds to what the cache holds; expected it to overwrite", [node])
     if node.target is not aten.where.self:
         return store
     flag, *arms = map(node_of, node.args)
-    old = [_reads_back(facts, store, arm) for arm in arms]
+    old = [_reads_back(analysis, store, arm) for arm in arms]
     if old.count(True) != 1:
         return store
     value = arms[old.index(False)]
     return Store(store.cache, store.view, store.writer, value, store.scatters, Mask(node, flag, inverted=old[0]))
 
 
-def _reads_back(facts: Facts, store: Store, node: Any) -> bool:
+def _reads_back(analysis: GraphAnalysis, store: Store, node: Any) -> bool:
     """Is `node` what `store` is about to overwrite, element by element?"""
     if not isinstance(node, Node) or node.op != "call_function":
         return False
     writer = store.writer
     if store.into_slice:
-        reader, place = opset.SCATTERS[writer.target], writer.args[2:]
+        reader, place = operations.SCATTERS[writer.target], writer.args[2:]
     elif writer.target is aten.index_put.default:
         reader, place = aten.index.Tensor, writer.args[1:2]
     else:
         return False
 
     def key(source: Any, arguments: Sequence[Any]) -> tuple[Any, ...]:
-        return facts.value_number(source), freeze(list(arguments), facts.numbers)
+        return analysis.value_number(source), freeze(list(arguments), analysis.numbers)
 
     return node.target is reader and key(node.args[0], node.args[1:]) == key(store.view, place)
 
@@ -322,7 +322,9 @@ def _reads_back(facts: Facts, store: Store, node: Any) -> bool:
 # --- which stores belong to one layer ---------------------------------------------------------------------------------
 
 
-def pair_stores(facts: Facts, stores: Sequence[Store]) -> tuple[list[tuple[Store, Store, Node]], list[Store]]:
+def pair_stores(
+    analysis: GraphAnalysis, stores: Sequence[Store]
+) -> tuple[list[tuple[Store, Store, Node]], list[Store]]:
     """Stores of one layer, with the value they both come from; and the stores left over.
 
     All stores walk towards the inputs together, latest node first. The hidden state of a layer depends on everything
@@ -334,7 +336,7 @@ def pair_stores(facts: Facts, stores: Sequence[Store]) -> tuple[list[tuple[Store
     def visit(node: Node, tags: Iterable[int]) -> None:
         if node not in carried:
             carried[node] = {}
-            heapq.heappush(heap, -facts.order[node])
+            heapq.heappush(heap, -analysis.order[node])
         carried[node].update(dict.fromkeys(tags))
 
     for i, store in enumerate(stores):
@@ -342,7 +344,7 @@ def pair_stores(facts: Facts, stores: Sequence[Store]) -> tuple[list[tuple[Store
     pairs: list[tuple[Store, Store, Node]] = []
     met: set[int] = set()
     while heap:
-        node = facts.nodes[-heapq.heappop(heap)]
+        node = analysis.nodes[-heapq.heappop(heap)]
         tags = [tag for tag in carried.pop(node) if tag not in met]
         if len(tags) == 2:
             a, b = sorted(tags)
@@ -350,17 +352,17 @@ def pair_stores(facts: Facts, stores: Sequence[Store]) -> tuple[list[tuple[Store
             met.update(tags)
             continue
         for parent in node.all_input_nodes if tags else ():
-            if not opset.is_symbolic(parent):
+            if not operations.is_symbolic(parent):
                 visit(parent, tags)
     pairs.reverse()
     return pairs, [store for i, store in enumerate(stores) if i not in met]
 
 
-def tell_key_from_value(facts: Facts, a: Store, b: Store, origin: Node) -> tuple[Store, Store]:
+def tell_key_from_value(analysis: GraphAnalysis, a: Store, b: Store, origin: Node) -> tuple[Store, Store]:
     """The key is rotated: more tensors besides the data feed it. Raises Decline if neither or both could be."""
-    wide_a, wide_b = (angles_after_projection(facts, origin, store.own) for store in (a, b))
+    wide_a, wide_b = (angles_after_projection(analysis, origin, store.own) for store in (a, b))
     if wide_a == wide_b:
-        data = (next(filter(opset.is_opaque, reversed(facts.between(origin, [s.own]))), origin) for s in (a, b))
+        data = (next(filter(operations.is_opaque, reversed(analysis.between(origin, [s.own]))), origin) for s in (a, b))
         found = (
             f"{a.own} and {b.own} are both fed by {wide_a} tensors besides their data, {' and '.join(map(str, data))}; "
             "expected a rotated key and a copied value, after the last matrix product"

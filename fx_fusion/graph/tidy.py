@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch.fx import Graph
 
-from fx_fusion.graph import operations as opset
-from fx_fusion.graph.analysis import Facts
+from fx_fusion.graph import operations
+from fx_fusion.graph.analysis import GraphAnalysis
 from fx_fusion.graph.edit import EMITTED
 from fx_fusion.graph.operations import aten, prims
 from fx_fusion.graph.torch_compat import sort_topologically
@@ -31,8 +31,8 @@ def finish(graph: Graph) -> None:
 
 def _share_views(graph: Graph) -> None:
     """Views that the calls of several layers need alike become one, so that what they view is computed once."""
-    facts = Facts(graph)
-    for node in facts.nodes:
-        shared = node.target in opset.VIEW or node.target in _INDEX_ARITHMETIC
-        if node.meta.get(EMITTED) and shared and facts.canonical(node) is not node:
-            node.replace_all_uses_with(facts.canonical(node))
+    analysis = GraphAnalysis(graph)
+    for node in analysis.nodes:
+        shared = node.target in operations.VIEW or node.target in _INDEX_ARITHMETIC
+        if node.meta.get(EMITTED) and shared and analysis.canonical(node) is not node:
+            node.replace_all_uses_with(analysis.canonical(node))

@@ -10,7 +10,7 @@ import torch
 from torch.fx import Graph, Node
 
 from fx_fusion.decline import first_source_line
-from fx_fusion.graph import operations as opset
+from fx_fusion.graph import operations
 from fx_fusion.graph.torch_compat import pytree
 from fx_fusion.mutation.region import is_store, region, tensor_of
 
@@ -22,7 +22,7 @@ def propose(graph: Graph, chance: random.Random, where: Callable[[Node], bool]) 
     """Change one thing of the region, and tell what; None if the choice does not apply to the node chosen."""
     stores = [node for node in graph.nodes if is_store(node)]
     nodes = [node for node in (*region(graph)[0], *stores) if where(node)]
-    steps = [node for node in nodes if not opset.is_movement(node)]
+    steps = [node for node in nodes if not operations.is_movement(node)]
     # Most nodes of a region only move values: half of the changes go to the others.
     node = chance.choice(steps if steps and chance.random() < 0.5 else nodes)
     change = (_insert if is_store(node) else chance.choice(_CHANGES))(graph, node, chance)

@@ -12,7 +12,7 @@ import torch
 from torch.fx import Node
 
 from fx_fusion.decline import Decline
-from fx_fusion.graph import operations as opset
+from fx_fusion.graph import operations
 from fx_fusion.graph.paths import Branch
 
 #: What :func:`certify` declines with.
@@ -39,12 +39,12 @@ def certify_copy(nodes: Iterable[Node], conversion: Collection[Node], source: to
     than `source` only for good: to `final`.
     """
     for node in nodes:
-        if opset.is_movement(node):
+        if operations.is_movement(node):
             continue
         if node not in conversion:
             raise Decline("split.v_not_copied", f"{node} ({node.target}) changes a value that should be copied", [node])
         dtype: torch.dtype = node.meta["val"].dtype
-        if dtype != final and dtype.is_floating_point and not opset.holds(dtype, source):
+        if dtype != final and dtype.is_floating_point and not operations.holds(dtype, source):
             found = f"{node} rounds to {dtype} on the way from {source} to {final}"
             raise Decline("proof.rounding", found, [node])
 
@@ -56,7 +56,7 @@ def _certify_dtype(node: Node, data_dtype: torch.dtype) -> None:
     if not (value.is_floating_point() or value.is_complex()):
         raise Decline("proof.not_analytic", f"{node} turns data into {value.dtype}", [node])
     dtype = value.dtype.to_real()
-    if not opset.holds(dtype, data_dtype):
+    if not operations.holds(dtype, data_dtype):
         found = f"{node} is {value.dtype}, coarser than the projection's {data_dtype}"
         raise Decline("proof.rounding", found, [node])
     if dtype == torch.float64 and data_dtype != torch.float64:

@@ -20,7 +20,7 @@ from torch.fx import Node
 from torch.fx.node import map_aggregate
 
 from fx_fusion.decline import Decline
-from fx_fusion.graph import operations as opset
+from fx_fusion.graph import operations
 from fx_fusion.graph.sizes import Sizes
 from fx_fusion.proof.field.tensor import FieldTensor
 from fx_fusion.proof.field.verdict import NoMeaning
@@ -82,7 +82,7 @@ def check_memory(size: int, node: Node) -> None:
 def _bytes_to_come(node: Node, sizes: Sizes) -> int:
     """What `node` will allocate, as its shape tells: nothing for a view."""
     value = node.meta.get("val")
-    if not isinstance(value, torch.Tensor) or node.target in opset.VIEW:
+    if not isinstance(value, torch.Tensor) or node.target in operations.VIEW:
         return 0
     return torch.Size(sizes.shape(value)).numel() * torch.float64.itemsize
 
@@ -97,7 +97,9 @@ def schedule(outputs: Iterable[Node], inputs: Container[Node]) -> list[Node]:
             stack.pop()
             continue
         needs = (
-            [] if opset.is_symbolic(node) else [p for p in node.all_input_nodes if p not in done and p not in inputs]
+            []
+            if operations.is_symbolic(node)
+            else [p for p in node.all_input_nodes if p not in done and p not in inputs]
         )
         if needs:
             stack.extend(needs)
@@ -108,15 +110,15 @@ def schedule(outputs: Iterable[Node], inputs: Container[Node]) -> list[Node]:
 
 
 def _run(node: Node, values: Mapping[Node, Any], sizes: Sizes, arithmetic: Arithmetic) -> Any:
-    if opset.is_symbolic(node):
+    if operations.is_symbolic(node):
         return sizes.value(node)
     if node.op != "call_function":
         raise Decline("region.evaluation", f"{node} is a graph input whose value must not be read", [node])
-    if opset.draws(node):
+    if operations.draws(node):
         raise Decline(
             "region.evaluation", f"{node} draws random numbers: one value does not stand for the next", [node]
         )
-    if opset.is_cast(node) and arithmetic is not Arithmetic.NATIVE:
+    if operations.is_cast(node) and arithmetic is not Arithmetic.NATIVE:
         return _cast(node, values, arithmetic)
 
     def argument(value: Any) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from fx_fusion.decline import Decline
-from fx_fusion.graph import operations as opset
+from fx_fusion.graph import operations
 from fx_fusion.proof.evidence import Evidence, Sampled
 from fx_fusion.proof.field import Comparison, Differs, NotEvaluable, compare
 from fx_fusion.proof.field.draw import needed_square, scaled_to_squares
@@ -64,4 +64,6 @@ def _comparison(probe: Probe, reference: Reference) -> Comparison:
 
 
 def _text(nodes: tuple[Node, ...]) -> str:
-    return "; ".join(f"{node} = {node.target}{node.args}{node.kwargs}" for node in nodes if not opset.is_symbolic(node))
+    return "; ".join(
+        f"{node} = {node.target}{node.args}{node.kwargs}" for node in nodes if not operations.is_symbolic(node)
+    )

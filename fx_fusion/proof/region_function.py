@@ -10,7 +10,7 @@ import torch
 from torch.fx import Node
 
 from fx_fusion.decline import Decline
-from fx_fusion.graph import operations as opset
+from fx_fusion.graph import operations
 from fx_fusion.graph.paths import Branch, strip, strip_views
 from fx_fusion.graph.sizes import Sizes
 from fx_fusion.proof.evaluate import Arithmetic, evaluate
@@ -43,7 +43,7 @@ class Probe:
     def leaf_shape(self, leaf: Node) -> tuple[int, ...]:
         """Of the real numbers in `leaf`: a complex one holds two."""
         shape = self.sizes.shape(leaf.meta["val"])
-        return (*shape, 2) if opset.is_complex_tensor(leaf) else shape
+        return (*shape, 2) if operations.is_complex_tensor(leaf) else shape
 
     def random_leaves(self, generator: torch.Generator) -> dict[Node, torch.Tensor]:
         """Values in [0.5, 1.5) for every leaf: no zero, no symmetry, and within a leaf no two close to each other."""
@@ -57,7 +57,7 @@ class Probe:
         at: Callable[[Node], None] | None = None,
     ) -> torch.Tensor:
         """The branch's result for `data`, given as [tokens, columns] or in its own shape. `at` is told of each step."""
-        given = {n: torch.view_as_complex(v) if opset.is_complex_tensor(n) else v for n, v in leaves.items()}
+        given = {n: torch.view_as_complex(v) if operations.is_complex_tensor(n) else v for n, v in leaves.items()}
         inputs = {**given, self.branch.data: data.reshape(self.data_shape)}
         return evaluate([self.branch.out], inputs, self.sizes, arithmetic, at)[0]
 
@@ -93,9 +93,9 @@ def find_leaves(branch: Branch) -> dict[Frontier, tuple[Node, ...]]:
     """
     floats: list[Node] = []
     for node in branch.frontier:
-        if opset.is_symbolic(node) or opset.is_literal(node):
+        if operations.is_symbolic(node) or operations.is_literal(node):
             continue
-        if not (opset.is_float_tensor(node) or opset.is_complex_tensor(node)):
+        if not (operations.is_float_tensor(node) or operations.is_complex_tensor(node)):
             found = f"{node} selects values on the data path and depends on a graph input"
             raise Decline("proof.not_analytic", found, [node])
         if node.meta["val"].dim() == 0:
@@ -124,7 +124,7 @@ def _origins(node: Node, frontier: Frontier) -> list[Node]:
     if frontier is Frontier.AS_IS:
         return [node]
     root = strip(node, keep_order=True)
-    if root.target is opset.aten.complex.default:
+    if root.target is operations.aten.complex.default:
         return [strip(part, keep_order=True) for part in root.all_input_nodes]
     if _is_one_plus(root):
         return [strip(root.args[0], keep_order=True)]  # type: ignore[arg-type]
@@ -134,17 +134,17 @@ def _origins(node: Node, frontier: Frontier) -> list[Node]:
 
 
 def _is_split(node: Node, frontier: Frontier) -> bool:
-    if frontier is Frontier.ROOTS or node.target not in (opset.aten.cat.default, opset.aten.stack.default):
+    if frontier is Frontier.ROOTS or node.target not in (operations.aten.cat.default, operations.aten.stack.default):
         return False
     return frontier is Frontier.PARTS or any(_is_negated(part) for part in node.all_input_nodes)
 
 
 def _is_negated(node: Node) -> bool:
-    return strip_views(node).target is opset.aten.neg.default
+    return strip_views(node).target is operations.aten.neg.default
 
 
 def _is_one_plus(node: Node) -> bool:
-    if node.target not in (opset.aten.add.Tensor, opset.aten.add.Scalar) or node.kwargs:
+    if node.target not in (operations.aten.add.Tensor, operations.aten.add.Scalar) or node.kwargs:
         return False
     return isinstance(node.args[1], (int, float)) and node.args[1] == 1
 

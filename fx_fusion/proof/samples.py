@@ -13,8 +13,7 @@ import torch
 from torch.fx import Node
 
 from fx_fusion.decline import Decline
-from fx_fusion.graph import operations as opset
-from fx_fusion.graph.operations import aten
+from fx_fusion.graph import operations
 from fx_fusion.graph.paths import Branch
 from fx_fusion.proof.reference import Reference
 from fx_fusion.proof.region_function import TOLERANCE, Probe, relative_difference
@@ -58,10 +57,10 @@ def signed(leaves: Mapping[Node, torch.Tensor], generator: torch.Generator) -> d
 def check_analytic(branch: Branch) -> None:
     """Raise Decline ``proof.not_analytic`` unless every step of `branch` is analytic."""
     for node in branch.nodes:
-        if not opset.is_analytic(node):
+        if not operations.is_analytic(node):
             found = f"{node} ({node.target}) is not known to be analytic: samples cannot prove it"
             raise Decline("proof.not_analytic", found, [node])
-        if node.target in opset.ROOTS:
+        if node.target in operations.ROOTS:
             check_root(node)
 
 
@@ -71,27 +70,20 @@ def check_root(node: Node) -> None:
     Under RMSNorm that is a sum over the lanes plus eps. Without the sum, ``sqrt(x * x)`` is ``|x|`` and can spell a
     clamp that random data never reaches.
     """
-    if node.target is aten.pow.Tensor_Scalar and _is_natural(node.args[1]):
+    if not operations.takes_root(node):
         return
     argument = node.args[0]
-    while isinstance(argument, Node) and argument.target not in opset.REDUCTIONS:
-        if not (_is_shift_or_scale(argument) or opset.is_movement(argument) or opset.is_cast(argument)):
+    while isinstance(argument, Node) and argument.target not in operations.REDUCTIONS:
+        if not (_is_shift_or_scale(argument) or operations.is_movement(argument) or operations.is_cast(argument)):
             break
         argument = argument.args[0]
-    if not isinstance(argument, Node) or argument.target not in opset.REDUCTIONS or _reduced(argument) < 2:
+    if not isinstance(argument, Node) or argument.target not in operations.REDUCTIONS or _reduced(argument) < 2:
         found = f"{node} takes a root of something that is not a sum over lanes plus a constant"
         raise Decline("proof.not_analytic", found, [node])
 
 
-def _is_natural(exponent: object) -> bool:
-    return isinstance(exponent, (int, float)) and exponent == int(exponent) and exponent >= 1
-
-
 def _is_shift_or_scale(node: Node) -> bool:
-    target = node.target in (
-        aten.add.Tensor, aten.add.Scalar, aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar,
-    )  # fmt: skip
-    return target and isinstance(node.args[0], Node) and not isinstance(node.args[1], Node)
+    return node.target in operations.AFFINE and isinstance(node.args[0], Node) and not isinstance(node.args[1], Node)
 
 
 def _reduced(node: Node) -> int:

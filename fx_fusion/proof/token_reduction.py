@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from fx_fusion.graph import operations as opset
+from fx_fusion.graph import operations
 from fx_fusion.graph.operations import aten, prims
 from fx_fusion.proof.evaluate import schedule
 
@@ -147,7 +147,7 @@ def _axis_after(node: Node, axes: Axes, size: int, broadcast: Axis | None) -> Ax
     carried = {parent: axis for parent in node.all_input_nodes if (axis := axes[parent]) is not None}
     if not carried:
         return broadcast and _repeated(node, broadcast)
-    rule = _RULES.get(opset.row(node).tokens)
+    rule = _RULES.get(operations.row(node).tokens)
     if rule is None:
         raise _TokensMix
     axis = rule(node, carried, size)
@@ -291,7 +291,7 @@ def _index(node: Node, carried: Carried, size: int) -> Axis:
     """``x[..., lanes]``: one index, the same for every token, of a dimension that holds no tokens."""
     source, indices = node.args[0], list(node.args[1])  # type: ignore[arg-type]
     given = [dim for dim, index in enumerate(indices) if index is not None]
-    if list(carried) != [source] or len(given) != 1 or not opset.is_int_tensor(indices[given[0]]):
+    if list(carried) != [source] or len(given) != 1 or not operations.is_int_tensor(indices[given[0]]):
         raise _TokensMix
     axis = carried[source]  # type: ignore[index]
     if given[0] == axis.dim:
@@ -357,7 +357,7 @@ def _copy(inputs: Sequence[Node], steps: Sequence[Node], axes: Axes, size: int, 
     for node in steps:
         copies[node] = graph.node_copy(node, copies.__getitem__)
         axis = axes[node]
-        if axis is not None and (node.target in opset.RESHAPE or node.target is aten.expand.default):
+        if axis is not None and (node.target in operations.RESHAPE or node.target is aten.expand.default):
             copies[node].args = (copies[node].args[0], _short(_shapes(node)[0], axis, few))
     for node, copy in copies.items():
         copy.meta = {**node.meta, "val": _short_value(node.meta["val"], axes[node], few)}

@@ -16,8 +16,8 @@ from torch.fx import Graph, Node
 
 from fx_fusion.decline import source_line
 from fx_fusion.fusion import AnyFusion, Candidate, NodeRole
-from fx_fusion.graph import operations as opset
-from fx_fusion.graph.analysis import Facts
+from fx_fusion.graph import operations
+from fx_fusion.graph.analysis import GraphAnalysis
 from fx_fusion.graph.edit import EMITTED
 from fx_fusion.observer import Observer
 from fx_fusion.report import FusionReport, LayerReport
@@ -127,9 +127,9 @@ class Recorder(Observer):
         self._groups: dict[str, _Group] = {}
         self._emitted: set[Node] = set()
 
-    def reads(self, fusion: AnyFusion, facts: Facts, candidate: Any, match: Any, layer: LayerReport) -> None:
+    def reads(self, fusion: AnyFusion, analysis: GraphAnalysis, candidate: Any, match: Any, layer: LayerReport) -> None:
         number, self._count = self._count, self._count + 1
-        found = _roles(fusion, facts, candidate, match, layer)
+        found = _roles(fusion, analysis, candidate, match, layer)
         self._roles |= {node: place.role for node, place in found.items()}
         key = f"{layer.fusion} {layer}"
         if key in self._groups:
@@ -180,18 +180,22 @@ def _labels(nodes: Sequence[Node], names: Sequence[str]) -> dict[Node, str]:
 
 
 def _roles(
-    fusion: AnyFusion, facts: Facts, candidate: Candidate | None, match: Any, layer: LayerReport
+    fusion: AnyFusion, analysis: GraphAnalysis, candidate: Candidate | None, match: Any, layer: LayerReport
 ) -> dict[Node, NodeRole]:
-    roles = fusion.roles(facts, match) if match is not None else {}
-    return roles or _around(fusion, facts, candidate, layer)
+    roles = fusion.roles(analysis, match) if match is not None else {}
+    return roles or _around(fusion, analysis, candidate, layer)
 
 
-def _around(fusion: AnyFusion, facts: Facts, candidate: Candidate | None, layer: LayerReport) -> dict[Node, NodeRole]:
+def _around(
+    fusion: AnyFusion, analysis: GraphAnalysis, candidate: Candidate | None, layer: LayerReport
+) -> dict[Node, NodeRole]:
     """The candidate's nodes, as far as the fusion tells, and the node that the reason is about."""
-    fault = next((node for node in facts.nodes if node.name == layer.node), None)
-    region = fusion.region(facts, candidate, fault) if candidate is not None else [fault] if fault is not None else []
+    fault = next((node for node in analysis.nodes if node.name == layer.node), None)
+    region = (
+        fusion.region(analysis, candidate, fault) if candidate is not None else [fault] if fault is not None else []
+    )
     before = fault.all_input_nodes if fault is not None else []
-    region = sorted(dict.fromkeys([*before, *region]), key=facts.order.__getitem__)
+    region = sorted(dict.fromkeys([*before, *region]), key=analysis.order.__getitem__)
     centre = candidate.anchor if fault is None and candidate is not None else fault
     found = {node: NodeRole("region") for node in _nearest(region, centre)}
     if fault is not None and layer.state == "declined":
@@ -238,7 +242,13 @@ def _emitted_step(node: Node, labels: Mapping[Node, str]) -> Step:
 def _emitted_role(node: Node) -> str:
     if _op(node) == "getitem":
         return "result"
-    return "view" if node.target in opset.VIEW or opset.is_movement(node) else "call" if _is_call(node) else "view"
+    return (
+        "view"
+        if node.target in operations.VIEW or operations.is_movement(node)
+        else "call"
+        if _is_call(node)
+        else "view"
+    )
 
 
 def _is_call(node: Node) -> bool:

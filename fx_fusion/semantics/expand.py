@@ -10,9 +10,9 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate
 
-from fx_fusion.graph import operations as opset
+from fx_fusion.graph import operations
 from fx_fusion.graph import strided as boxes
-from fx_fusion.graph.custom_calls import OpaqueCall, Part
+from fx_fusion.graph.custom_calls import OpaqueCall, WrittenView
 from fx_fusion.graph.edit import Emitter, fake_run
 from fx_fusion.graph.operations import aten, value_of
 from fx_fusion.graph.torch_compat import auto_functionalized_v2, pytree
@@ -35,7 +35,9 @@ class Expansion:
     meaning: Meaning
     comparison: Comparison
     inserted: list[Node] = field(default_factory=list[Node])
-    results: list[tuple[int, Part | None, Node]] = field(default_factory=list[tuple[int, "Part | None", Node]])
+    results: list[tuple[int, WrittenView | None, Node]] = field(
+        default_factory=list[tuple[int, "WrittenView | None", Node]]
+    )
     redirected: list[tuple[Node, Node, Node]] = field(default_factory=list[tuple[Node, Node, Node]])
 
     @property
@@ -96,7 +98,7 @@ class Expansion:
 
 
 def _only_moves(node: Node) -> bool:
-    return opset.is_movement(node) or node.target is aten.slice_scatter.default
+    return operations.is_movement(node) or node.target is aten.slice_scatter.default
 
 
 def insert(graph: Graph, expansion: Expansion, traced: TracedMeaning) -> None:
@@ -147,10 +149,10 @@ def _splice(
         name = f"{call.op._opname}_{node.name}"
         args, kwargs = map_aggregate((node.args, node.kwargs), value_here)
         # Inductor's graphs hold no strict views at this point: what is viewed may get other strides by a rewrite.
-        target = aten.reshape.default if node.target in opset.RESHAPE else node.target
+        target = aten.reshape.default if node.target in operations.RESHAPE else node.target
         copied = graph.create_node("call_function", target, args, kwargs, name=name)
         copied.meta = {"val": node.meta["val"]} if "val" in node.meta else {}
-        if target in opset.VIEW:
+        if target in operations.VIEW:
             refresh(copied)
         for key in ("stack_trace", "nn_module_stack"):
             if key in call.node.meta:

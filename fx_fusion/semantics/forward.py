@@ -9,7 +9,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate
 
-from fx_fusion.graph import operations as opset
+from fx_fusion.graph import operations
 from fx_fusion.graph import strided as boxes
 from fx_fusion.graph.edit import Emitter, fake_mode_of
 from fx_fusion.graph.operations import aten, value_of
@@ -75,7 +75,7 @@ def _scatters(expansion: Expansion) -> list[Node]:
 
 def _as_alias(user: Node, node: Node, value: Any) -> Any:
     """What `user` makes of `value`, which `node` holds, if it is a view of it; else None."""
-    if user.target not in opset.VIEW or user.args[0] is not node:
+    if user.target not in operations.VIEW or user.args[0] is not node:
         return None
     target: Any = aten.view.default if user.target is aten.reshape.default else user.target
     args: Any = map_aggregate(user.args[1:], value_of)

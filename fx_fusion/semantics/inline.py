@@ -17,7 +17,7 @@ from torch.fx import Graph, Node
 
 from fx_fusion.decline import Decline
 from fx_fusion.graph import strided as boxes
-from fx_fusion.graph.custom_calls import OpaqueCall, Part, operation, read_call
+from fx_fusion.graph.custom_calls import OpaqueCall, WrittenView, operation, read_call
 from fx_fusion.graph.edit import Emitter
 from fx_fusion.graph.operations import aten, value_of
 from fx_fusion.graph.sizes import Sizes, admissible_sizes
@@ -208,7 +208,7 @@ def _fake(value: Any) -> Any:
     return pytree.tree_map(value_of, value, is_leaf=lambda each: isinstance(each, Node))
 
 
-def _part_value(part: Part) -> torch.Tensor:
+def _part_value(part: WrittenView) -> torch.Tensor:
     """The view of a base that an operation writes, on fake tensors."""
     value: torch.Tensor = part.base.meta["val"]
     with value.fake_mode:  # type: ignore[attr-defined]

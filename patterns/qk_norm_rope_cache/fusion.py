@@ -10,8 +10,8 @@ from torch.fx import Graph, Node
 
 from fx_fusion.decline import Decline
 from fx_fusion.fusion import Assessment, Fusion, NodeRole
-from fx_fusion.graph import operations as opset
-from fx_fusion.graph.analysis import Facts
+from fx_fusion.graph import operations
+from fx_fusion.graph.analysis import GraphAnalysis
 from fx_fusion.graph.custom_calls import operation
 from fx_fusion.graph.edit import FakeEmitter
 from fx_fusion.graph.sizes import Sizes
@@ -24,7 +24,7 @@ from fx_fusion.patterns.qk_norm_rope_cache import reading
 from fx_fusion.patterns.qk_norm_rope_cache.cache_store.addresses import Addresses, layout
 from fx_fusion.patterns.qk_norm_rope_cache.lower import lower, rewrite
 from fx_fusion.patterns.qk_norm_rope_cache.match import Candidate, Match
-from fx_fusion.patterns.qk_norm_rope_cache.roles import parts
+from fx_fusion.patterns.qk_norm_rope_cache.roles import node_roles
 from fx_fusion.placement import (
     check_cache_address,
     check_convex,
@@ -57,14 +57,14 @@ class QkNormRopeCache(Fusion[Candidate, Lowered]):
 
     name = "qk_norm_rope_cache"
 
-    def find(self, facts: Facts) -> tuple[list[Candidate], list[Decline]]:
-        return pattern.find(facts)
+    def find(self, analysis: GraphAnalysis) -> tuple[list[Candidate], list[Decline]]:
+        return pattern.find(analysis)
 
-    def absent(self, facts: Facts) -> Decline:
-        return _no_store(facts)
+    def absent(self, analysis: GraphAnalysis) -> Decline:
+        return _no_store(analysis)
 
-    def read(self, facts: Facts, candidate: Candidate, memo: dict[object, Any]) -> Lowered:
-        match = pattern.read(facts, candidate, memo)
+    def read(self, analysis: GraphAnalysis, candidate: Candidate, memo: dict[object, Any]) -> Lowered:
+        match = pattern.read(analysis, candidate, memo)
         emit = FakeEmitter(match.key.out)
         return Lowered(match, lower(match, emit), tuple(emit.made))
 
@@ -76,21 +76,21 @@ class QkNormRopeCache(Fusion[Candidate, Lowered]):
     def choose(self, lowered: Lowered, kernel: str, target: Target) -> str:
         return OPERATION.choose(kernel, lowered.call, target)
 
-    def check(self, facts: Facts, lowered: Lowered) -> None:
+    def check(self, analysis: GraphAnalysis, lowered: Lowered) -> None:
         match = lowered.match
         stores = [match.key_store.store, match.value_store.store]
         caches = [store.cache for store in stores]
         check_scales(match.scales, caches[0])
         check_sources(match.operands, [match.query.data, match.key.data, match.value_store.data])
         check_devices([*match.operands, *caches])
-        check_convex(facts, match.operands, match.results)
-        check_draws(facts, match.operands, match.results)
+        check_convex(analysis, match.operands, match.results)
+        check_draws(analysis, match.operands, match.results)
         for cache in dict.fromkeys(caches):
             check_cache_address(cache)
         check_storage(caches)
         check_order(stores)
-        _check_apart(facts, match)
-        check_old_cache(facts, stores, match.operands)
+        _check_apart(analysis, match)
+        check_old_cache(analysis, stores, match.operands)
 
     def stores(self, lowered: Lowered) -> tuple[list[Node], set[Node]]:
         match = lowered.match
@@ -98,21 +98,21 @@ class QkNormRopeCache(Fusion[Candidate, Lowered]):
         scatters = [scatter for store in stores for scatter in store.scatters]
         return [store.writer for store in stores], {*match.results, *scatters}
 
-    def roles(self, facts: Facts, lowered: Lowered) -> dict[Node, NodeRole]:
-        return parts(facts, lowered.match)
+    def roles(self, analysis: GraphAnalysis, lowered: Lowered) -> dict[Node, NodeRole]:
+        return node_roles(analysis, lowered.match)
 
-    def region(self, facts: Facts, candidate: Candidate, fault: Node | None) -> list[Node]:
+    def region(self, analysis: GraphAnalysis, candidate: Candidate, fault: Node | None) -> list[Node]:
         writers = [store.writer for store in candidate.stores]
         ends = [node for node in (candidate.anchor, fault, *writers) if node is not None]
-        return [*facts.between(candidate.origin, ends), *ends]
+        return [*analysis.between(candidate.origin, ends), *ends]
 
     def rewrite(self, graph: Graph, lowered: Lowered, kernel: str) -> None:
         rewrite(graph, lowered.match, kernel, lowered.made)
 
 
-def _no_store(facts: Facts) -> Decline:
+def _no_store(analysis: GraphAnalysis) -> Decline:
     found = "the graph writes no KV cache in place; "
-    attention = next((node for node in facts.nodes if node in facts.live and _takes_three(node)), None)
+    attention = next((node for node in analysis.nodes if node in analysis.live and _takes_three(node)), None)
     if attention is None:
         return Decline("store.missing", f"{found}a cache that grows by concatenation (DynamicCache) stores nothing")
     found += f"if the opaque operation {operation(attention)} stores keys and values itself, that cannot be fused. "
@@ -122,16 +122,16 @@ def _no_store(facts: Facts) -> Decline:
 
 def _takes_three(node: Node) -> bool:
     """An opaque operation that may take query, key and value."""
-    tensors = [each for each in node.all_input_nodes if opset.is_float_tensor(each) and each.meta["val"].dim() > 1]
+    tensors = [each for each in node.all_input_nodes if operations.is_float_tensor(each) and each.meta["val"].dim() > 1]
     return operation(node) is not None and len(tensors) > 2
 
 
-def _check_apart(facts: Facts, match: Match) -> None:
+def _check_apart(analysis: GraphAnalysis, match: Match) -> None:
     """A call stores keys and values at once: in one tensor, they must not share an element."""
     key, value = match.key_store, match.value_store
     if key.store.cache is not value.store.cache:
         return
-    for sizes in facts.sizes:
+    for sizes in analysis.sizes:
         regions = [_region(stored.addresses, sizes) for stored in (key, value)]
         if may_overlap(*regions[0], *regions[1]):
             found = (

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch.fx import Graph, Node
 
-from fx_fusion.graph import operations as opset
+from fx_fusion.graph import operations
 from fx_fusion.graph.edit import Emit, Emitter, take
 from fx_fusion.graph.operations import aten, prims
 from fx_fusion.graph.store_site import Store
@@ -175,7 +175,7 @@ def _angle_rows(emit: Emit[T], lanes: Lanes, grid: tuple[Any, Any]) -> T:
 def _angle_columns(emit: Emit[T], columns: Columns) -> T:
     """[P, count]"""
     table = _as_reals(emit, columns.table)
-    if opset.is_complex_tensor(columns.table):
+    if operations.is_complex_tensor(columns.table):
         table = emit.call(aten.reshape.default, table, [columns.table.meta["val"].shape[0], -1])
     first, last = columns.offset, columns.offset + columns.step * (columns.count - 1)
     return emit.call(aten.slice.Tensor, table, 1, first, last + 1, columns.step)
@@ -183,7 +183,7 @@ def _angle_columns(emit: Emit[T], columns: Columns) -> T:
 
 def _as_reals(emit: Emit[T], node: Node) -> T:
     values = emit.of(node)
-    if not opset.is_complex_tensor(node):
+    if not operations.is_complex_tensor(node):
         return values
     if node.meta["val"].is_conj():  # lazily: the numbers in memory are those of the original
         values = emit.call(aten.resolve_conj.default, values)

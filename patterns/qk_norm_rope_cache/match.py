@@ -21,7 +21,7 @@ import torch
 from torch.fx import Node
 
 from fx_fusion.decline import Decline, reaching
-from fx_fusion.graph.analysis import Facts
+from fx_fusion.graph.analysis import GraphAnalysis
 from fx_fusion.graph.paths import (
     Branch,
     Rotations,
@@ -120,53 +120,53 @@ class Match:
         return [self.query.out, *rotated_k, self.key_store.store.writer, self.value_store.store.writer]
 
 
-def find(facts: Facts) -> tuple[list[Candidate], list[Decline]]:
+def find(analysis: GraphAnalysis) -> tuple[list[Candidate], list[Decline]]:
     """Candidates in graph order, and what can be no candidate."""
-    stores, declined = find_stores(facts)
-    pairs, unpaired = take_apart(facts, *pair_stores(facts, stores))
+    stores, declined = find_stores(analysis)
+    pairs, unpaired = take_apart(analysis, *pair_stores(analysis, stores))
     declined += unpaired
-    rotations = Rotations(facts)
+    rotations = Rotations(analysis)
     return [Candidate((a, b), origin, rotations) for a, b, origin in pairs], declined
 
 
-def read(facts: Facts, candidate: Candidate, memo: Memo) -> Match:
+def read(analysis: GraphAnalysis, candidate: Candidate, memo: Memo) -> Match:
     """Read and prove one candidate. Raises Decline with the reason why not."""
     with reaching("stores"):
-        key_store, value_store = tell_key_from_value(facts, *candidate.stores, candidate.origin)
+        key_store, value_store = tell_key_from_value(analysis, *candidate.stores, candidate.origin)
         conversion = read_conversion(key_store)
     with reaching("key"):
-        key, key_heads = _read_key(facts, key_store, conversion, candidate.origin, memo)
+        key, key_heads = _read_key(analysis, key_store, conversion, candidate.origin, memo)
     with reaching("query"):
-        query, query_heads = _read_query(facts, candidate.rotations, key, value_store, memo)
-        rope = _same_rotation(facts, query_heads, key_heads)
-    sizes = facts.sizes[0]
+        query, query_heads = _read_query(analysis, candidate.rotations, key, value_store, memo)
+        rope = _same_rotation(analysis, query_heads, key_heads)
+    sizes = analysis.sizes[0]
     grid = key_heads.grid(sizes.shape(key.out.meta["val"]), key.tokens(sizes))
     if grid != query_heads.grid(sizes.shape(query.out.meta["val"]), query.tokens(sizes)):
         raise Decline("split.layout", "query and key hold their tokens in different grids", [query.out, key.out])
     with reaching("key's store"):
-        stored_key = read_stored_key(facts, key_store, conversion, key, key_heads, grid, memo)
+        stored_key = read_stored_key(analysis, key_store, conversion, key, key_heads, grid, memo)
     with reaching("value's store"):
-        stored_value = read_stored_value(facts, value_store, stored_key, grid, memo)
-        slots = shared_slots(facts, stored_key, stored_value, sizes)
+        stored_value = read_stored_value(analysis, value_store, stored_key, grid, memo)
+        slots = shared_slots(analysis, stored_key, stored_value, sizes)
     return Match(
         query=query,
         query_heads=query_heads,
         key=key,
         key_heads=key_heads,
         rope=rope,
-        lookup=_lookup_once(facts, rope, grid, memo),
+        lookup=_lookup_once(analysis, rope, grid, memo),
         key_store=stored_key,
         value_store=stored_value,
         slots=slots,
         saturate=bool(stored_key.saturate or stored_value.saturate),
         grid=_symbolic_grid(key, key_heads),
-        return_k=_used_fresh(facts, key.out, key_store),
+        return_k=_used_fresh(analysis, key.out, key_store),
         evidence=weakest([each.evidence for each in (query_heads, key_heads) if each.evidence is not None]),
     )
 
 
 def _read_key(
-    facts: Facts, store: Store, conversion: Conversion, origin: Node, memo: Memo
+    analysis: GraphAnalysis, store: Store, conversion: Conversion, origin: Node, memo: Memo
 ) -> tuple[Branch, RotatedHeads]:
     """The rotated key: what is stored, before it is moved, scaled and converted for the store.
 
@@ -175,20 +175,22 @@ def _read_key(
     values = [node for node in conversion.values if node is not origin and not is_joint(store, node)]
     values = values or [conversion.value]
     values.sort(key=lambda value: value.meta["val"].dtype != origin.meta["val"].dtype)
-    return _read_one_of(facts, origin, values, memo)
+    return _read_one_of(analysis, origin, values, memo)
 
 
 def _read_query(
-    facts: Facts, rotations: Rotations, key: Branch, value_store: Store, memo: Memo
+    analysis: GraphAnalysis, rotations: Rotations, key: Branch, value_store: Store, memo: Memo
 ) -> tuple[Branch, RotatedHeads]:
     outs, origin = rotations.find_query(key, value_store.own)
-    return _read_one_of(facts, origin, outs, memo)
+    return _read_one_of(analysis, origin, outs, memo)
 
 
 Attempt = tuple[Branch, RotatedHeads] | Decline
 
 
-def _read_one_of(facts: Facts, origin: Node, outs: Sequence[Node], memo: Memo) -> tuple[Branch, RotatedHeads]:
+def _read_one_of(
+    analysis: GraphAnalysis, origin: Node, outs: Sequence[Node], memo: Memo
+) -> tuple[Branch, RotatedHeads]:
     """The first of `outs` that is rotated heads.
 
     Raises:
@@ -198,24 +200,24 @@ def _read_one_of(facts: Facts, origin: Node, outs: Sequence[Node], memo: Memo) -
     declines: list[Decline] = []
     for out in outs:
         try:
-            return _furthest(_attempts(facts, origin, out, memo))
+            return _furthest(_attempts(analysis, origin, out, memo))
         except Decline as decline:
             declines.append(decline)
     measured = [decline for decline in declines if decline.code not in CERTIFICATE_CODES]
     raise max(measured, key=lambda decline: decline.stage) if measured else declines[0]
 
 
-def _attempts(facts: Facts, origin: Node, out: Node, memo: Memo) -> Iterator[Attempt]:
-    cuts = data_cuts(facts, origin, out)
-    projection = rows_of_tokens(facts, origin, cuts[0])
+def _attempts(analysis: GraphAnalysis, origin: Node, out: Node, memo: Memo) -> Iterator[Attempt]:
+    cuts = data_cuts(analysis, origin, out)
+    projection = rows_of_tokens(analysis, origin, cuts[0])
     for data in cuts[:_CUTS]:
-        yield _attempt(facts, branch_between(facts, projection, data, out), memo)
+        yield _attempt(analysis, branch_between(analysis, projection, data, out), memo)
 
 
-def _attempt(facts: Facts, branch: Branch, memo: Memo) -> Attempt:
+def _attempt(analysis: GraphAnalysis, branch: Branch, memo: Memo) -> Attempt:
     try:
-        heads = _memoised(facts, branch, memo)
-        _check_escapes(facts, branch)
+        heads = _memoised(analysis, branch, memo)
+        _check_escapes(analysis, branch)
     except Decline as decline:
         return decline
     return branch, heads
@@ -237,7 +239,7 @@ def _furthest(attempts: Iterator[Attempt]) -> tuple[Branch, RotatedHeads]:
     raise declines[0] if declines[0].code in CERTIFICATE_CODES else max(measured, key=lambda decline: decline.stage)
 
 
-def _memoised(facts: Facts, branch: Branch, memo: Memo) -> RotatedHeads:
+def _memoised(analysis: GraphAnalysis, branch: Branch, memo: Memo) -> RotatedHeads:
     """Equal branches are measured once: the key holds all that reading and proof depend on.
 
     That includes the way from the origins of the frontier, the furthest that any reading looks back, to the branch;
@@ -248,7 +250,7 @@ def _memoised(facts: Facts, branch: Branch, memo: Memo) -> RotatedHeads:
     key, nodes = numbered_branch(branch, taken[Frontier.PARTS])
     if key not in memo:
         try:
-            memo[key] = (read_rotated_heads(branch, facts.sizes), nodes)
+            memo[key] = (read_rotated_heads(branch, analysis.sizes), nodes)
         except Decline as decline:
             memo[key] = decline
     known = memo[key]
@@ -267,19 +269,19 @@ def _in(branch: Branch, evidence: Evidence | None) -> Evidence | None:
     return evidence
 
 
-def _check_escapes(facts: Facts, branch: Branch) -> None:
+def _check_escapes(analysis: GraphAnalysis, branch: Branch) -> None:
     """A value that only the rewritten computation made must not be needed elsewhere."""
     inside = set(branch.nodes)
     for node in branch.nodes:
         if node is branch.out or is_moved_from(node, branch.data):
             continue
-        outside = [user for user in facts.users(node) if user not in inside]
+        outside = [user for user in analysis.users(node) if user not in inside]
         if outside:
             found = f"{node} lies between the projection and {branch.out}, and {outside[0]} uses it too"
             raise Decline("region.escapes", found, [node, outside[0]])
 
 
-def _same_rotation(facts: Facts, query: RotatedHeads, key: RotatedHeads) -> Rope:
+def _same_rotation(analysis: GraphAnalysis, query: RotatedHeads, key: RotatedHeads) -> Rope:
     """The key's rotation, if it is the query's too."""
     ropes = [heads.rope for heads in (query, key)]
     seen = [
@@ -287,7 +289,7 @@ def _same_rotation(facts: Facts, query: RotatedHeads, key: RotatedHeads) -> Rope
             rope.rotary_dim,
             rope.is_neox,
             *(
-                (facts.value_number(a.leaf), a.width, a.offset, a.step, a.count, a.per_batch)
+                (analysis.value_number(a.leaf), a.width, a.offset, a.step, a.count, a.per_batch)
                 for a in (rope.cos, rope.sin)
             ),
         )
@@ -308,12 +310,12 @@ def _same_rotation(facts: Facts, query: RotatedHeads, key: RotatedHeads) -> Rope
     return ropes[1]
 
 
-def _lookup_once(facts: Facts, rope: Rope, grid: tuple[int, int], memo: Memo) -> Lookup | None:
+def _lookup_once(analysis: GraphAnalysis, rope: Rope, grid: tuple[int, int], memo: Memo) -> Lookup | None:
     """The lookup behind the rows of `rope`; layers that share the rows share it."""
-    cos, sin = (replace(lanes, leaf=facts.canonical(lanes.leaf)) for lanes in (rope.cos, rope.sin))
+    cos, sin = (replace(lanes, leaf=analysis.canonical(lanes.leaf)) for lanes in (rope.cos, rope.sin))
     question = ("lookup", replace(rope, cos=cos, sin=sin), grid)
     if question not in memo:
-        memo[question] = trace_lookup(facts, rope, facts.sizes[0], grid)
+        memo[question] = trace_lookup(analysis, rope, analysis.sizes[0], grid)
     return memo[question]
 
 
@@ -327,7 +329,7 @@ def _symbolic_grid(key: Branch, heads: RotatedHeads) -> tuple[int | torch.SymInt
     return 1, tokens
 
 
-def _used_fresh(facts: Facts, out: Node, store: Store) -> bool:
+def _used_fresh(analysis: GraphAnalysis, out: Node, store: Store) -> bool:
     """Is the rotated key used by anything but its store (prefill attention, an output)?"""
-    tail = {*facts.between(out, [store.value]), *store.last_steps}
-    return any(user not in tail for node in tail - {store.writer} for user in facts.users(node))
+    tail = {*analysis.between(out, [store.value]), *store.last_steps}
+    return any(user not in tail for node in tail - {store.writer} for user in analysis.users(node))

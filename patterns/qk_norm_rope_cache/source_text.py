@@ -14,14 +14,14 @@ import torch
 from torch.fx import Node
 
 from fx_fusion.decline import frames, source_line
-from fx_fusion.graph.analysis import Facts
+from fx_fusion.graph.analysis import GraphAnalysis
 from fx_fusion.graph.operations import aten
 from fx_fusion.kernels.call import changed_defaults
 from fx_fusion.kernels.qk_norm_rope_cache.call import Call, scale_of
 from fx_fusion.patterns.qk_norm_rope_cache.branch.rotated_heads import RotatedHeads
 from fx_fusion.patterns.qk_norm_rope_cache.lower import lower
 from fx_fusion.patterns.qk_norm_rope_cache.match import Match, Stored
-from fx_fusion.patterns.qk_norm_rope_cache.roles import parts
+from fx_fusion.patterns.qk_norm_rope_cache.roles import node_roles
 
 #: The parts of a layer that the call computes; what it reads stays where it is.
 _REPLACED = ("split", "norm", "rope", "store")
@@ -295,9 +295,9 @@ def _as_before(name: str, old: Node, layout: RotatedHeads) -> str:
 # --- where it goes --------------------------------------------------------------------------------------------------
 
 
-def place(facts: Facts, match: Match) -> Place | None:
+def place(analysis: GraphAnalysis, match: Match) -> Place | None:
     """The innermost function of the user's that all replaced nodes come from, and its lines; None if none is known."""
-    replaced = [node for node, part in parts(facts, match).items() if part.role in _REPLACED]
+    replaced = [node for node, part in node_roles(analysis, match).items() if part.role in _REPLACED]
     stacks = [stack for node in replaced if (stack := frames(node))]
     if not stacks:
         return None

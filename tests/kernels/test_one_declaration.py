@@ -15,7 +15,7 @@ from prologue import Prologue, arguments
 from torch._subclasses import FakeTensorMode
 
 import fx_fusion
-from fx_fusion.graph.analysis import Facts
+from fx_fusion.graph.analysis import GraphAnalysis
 from fx_fusion.kernels.call import to_arguments
 from fx_fusion.kernels.measure.tuned_file import Shape
 from fx_fusion.kernels.operation import OPERATIONS, KernelUnavailable, Operation
@@ -158,10 +158,10 @@ def test_a_graph(dummy):
 
 @pytest.fixture
 def match():
-    facts = Facts(capture(QAsItIs(), arguments(), None).module.graph)
+    analysis = GraphAnalysis(capture(QAsItIs(), arguments(), None).module.graph)
     built_in = fx_fusion.QkNormRopeCache()
-    (candidate,), _ = built_in.find(facts)
-    return built_in.read(facts, candidate, {}).match
+    (candidate,), _ = built_in.find(analysis)
+    return built_in.read(analysis, candidate, {}).match
 
 
 @pytest.mark.usefixtures("in_its_place")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fx_fusion.graph import operations as opset
+from fx_fusion.graph import operations
 from fx_fusion.mutation.mutants import rewritten
 from fx_fusion.mutation.oracle import judge
 from fx_fusion.patterns.qk_norm_rope_cache import match as qk_norm_rope_cache
@@ -61,7 +61,7 @@ SABOTAGE = {
     "proof": ([NO_PROOF], aten.mul.Tensor),
     "proof and eps": ([NO_PROOF, (rotated_heads, "read_eps", lambda *_: 1e-6)], aten.add.Tensor),
     "certificate": (
-        [NO_CERTIFICATE, (opset, "is_analytic", lambda node: not opset.is_opaque(node))],
+        [NO_CERTIFICATE, (operations, "is_analytic", lambda node: not operations.is_opaque(node))],
         aten.pow.Tensor_Scalar,
     ),
     "slots": ([(qk_norm_rope_cache, "shared_slots", _slots_of_the_key)], aten.index_put.default),

@@ -9,8 +9,8 @@ from prologue import EPS, HEAD_DIM, POSITIONS, SLOTS, Prologue, arguments
 from rowwise import assert_as_eager
 from test_analysis import Builder
 
-from fx_fusion.graph import operations as opset
-from fx_fusion.graph.analysis import Facts
+from fx_fusion.graph import operations
+from fx_fusion.graph.analysis import GraphAnalysis
 from fx_fusion.graph.operations import aten
 
 
@@ -167,9 +167,9 @@ def test_what_draws(target, further, expected):
     x = build.input("x", 2, 3)
     first, second = (build(target, x, *further) for _ in range(2))
     build.graph.output((first, second))
-    facts = Facts(build.graph)
-    assert opset.draws(first) == expected
-    assert (facts.value_number(first) != facts.value_number(second)) == expected
+    analysis = GraphAnalysis(build.graph)
+    assert operations.draws(first) == expected
+    assert (analysis.value_number(first) != analysis.value_number(second)) == expected
 
 
 def test_what_is_made_of_random_numbers_is_no_literal():
@@ -177,5 +177,5 @@ def test_what_is_made_of_random_numbers_is_no_literal():
     ones = build(aten.full.default, [3], 1.0)
     drawn = build(aten.lt.Scalar, build(aten.bernoulli.default, ones), 0.5)
     kept = build(aten.lt.Scalar, build(aten.dropout.default, ones, 0.5, False), 0.5)
-    assert not opset.is_literal(drawn)
-    assert opset.is_literal(kept)
+    assert not operations.is_literal(drawn)
+    assert operations.is_literal(kept)

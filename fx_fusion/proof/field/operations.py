@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fx_fusion.graph.operations import CAST, MOVEMENT, aten, prims
+from fx_fusion.graph.operations import CAST, MOVEMENT, SELECTION, UNDEFINED, aten, prims
 from fx_fusion.graph.torch_compat import OpOverload, pytree
 from fx_fusion.proof.field.arithmetic import Elements, FieldArithmetic, joined
 from fx_fusion.proof.field.tensor import FieldTensor
@@ -328,21 +328,18 @@ def _without_content(value: Any) -> Any:
     return torch.empty(value.shape, dtype=value.dtype) if isinstance(value, FieldTensor) else value
 
 
-_SELECTIONS = (aten.gather.default, aten.index_select.default, aten.index.Tensor, aten.embedding.default)
 _PAIRS = (aten.slice_scatter.default, aten.select_scatter.default, aten.copy.default)
 _ZEROS_AND_ONES = (
     aten.zeros.default, aten.ones.default, aten.new_zeros.default, aten.new_ones.default, aten.zeros_like.default,
     aten.ones_like.default, aten.arange.default, aten.arange.start, aten.arange.start_step,
 )  # fmt: skip
-_EMPTY = (
-    aten.empty.memory_format, aten.empty_strided.default, aten.new_empty.default, aten.new_empty_strided.default,
-    aten.empty_like.default,
-)  # fmt: skip
 
 RULES.update(
     {
         **dict.fromkeys((each for each in MOVEMENT if isinstance(each, OpOverload)), _moved),
-        **dict.fromkeys((aten._reshape_alias.default, aten.lift_fresh_copy.default, *_SELECTIONS), _moved),
+        **dict.fromkeys(
+            (aten._reshape_alias.default, aten.lift_fresh_copy.default, *(SELECTION - {aten.where.self})), _moved
+        ),
         **dict.fromkeys(CAST, _cast),
         **dict.fromkeys(_PAIRS, _join_of(0, 2)),
         aten.where.self: _join_of(1, 3),
@@ -354,6 +351,6 @@ RULES.update(
         **dict.fromkeys((aten.full.default, aten.full_like.default), _filled(1)),
         aten.new_full.default: _filled(2),
         **dict.fromkeys(_ZEROS_AND_ONES, _created),
-        **dict.fromkeys(_EMPTY, _uninitialised),
+        **dict.fromkeys(UNDEFINED, _uninitialised),
     }
 )

@@ -10,7 +10,7 @@ import torch
 from torch.fx import Node
 
 from fx_fusion.decline import Decline
-from fx_fusion.graph import operations as opset
+from fx_fusion.graph import operations
 from fx_fusion.patterns.qk_norm_rope_cache.branch.split import Heads, expected_columns
 from fx_fusion.proof.region_function import TOLERANCE, Probe, relative_difference
 
@@ -74,7 +74,7 @@ def read_owners(
 def _norm_nodes(probe: Probe) -> list[Node]:
     """What to point at: the root, and the branch's result."""
     nodes, out = probe.branch.nodes, probe.branch.out
-    root = next((node for node in nodes if node.target in opset.ROOTS and node.args[1:] != (2,)), out)
+    root = next((node for node in nodes if node.target in operations.ROOTS and node.args[1:] != (2,)), out)
     return [root, out]
 
 

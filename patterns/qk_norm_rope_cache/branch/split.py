@@ -8,7 +8,7 @@ import torch
 from torch.fx import Node
 
 from fx_fusion.decline import Decline
-from fx_fusion.graph import operations as opset
+from fx_fusion.graph import operations
 from fx_fusion.proof.evaluate import Arithmetic, evaluate
 from fx_fusion.proof.region_function import Probe
 
@@ -68,11 +68,11 @@ def _images(probe: Probe) -> list[Node]:
             moved.add(node)
         if any(user in inside and not _moves(user) for user in node.users) or node is probe.branch.out:
             images[node] = None
-    return [node for node in images if opset.is_float_tensor(node)]
+    return [node for node in images if operations.is_float_tensor(node)]
 
 
 def _moves(node: Node) -> bool:
-    return opset.is_movement(node) or opset.is_cast(node)
+    return operations.is_movement(node) or operations.is_cast(node)
 
 
 def read_heads(columns: torch.Tensor, head_dim: int, width: int, data: Node) -> Heads:

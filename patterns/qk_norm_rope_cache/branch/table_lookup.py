@@ -9,8 +9,8 @@ import torch
 from torch.fx import Node
 
 from fx_fusion.decline import Decline
-from fx_fusion.graph import operations as opset
-from fx_fusion.graph.analysis import Facts
+from fx_fusion.graph import operations
+from fx_fusion.graph.analysis import GraphAnalysis
 from fx_fusion.graph.sizes import Sizes
 from fx_fusion.patterns.qk_norm_rope_cache.branch.rope import Lanes, Rope, constant_step
 from fx_fusion.proof.evaluate import Arithmetic, evaluate
@@ -44,11 +44,11 @@ class Lookup:
     axes: tuple[int, ...]
 
 
-def trace_lookup(facts: Facts, rope: Rope, sizes: Sizes, grid: tuple[int, int]) -> Lookup | None:
+def trace_lookup(analysis: GraphAnalysis, rope: Rope, sizes: Sizes, grid: tuple[int, int]) -> Lookup | None:
     """The lookup behind the rows of `rope`; None where anything but a lookup made them: the rows stay operands."""
     try:
-        cos = _trace(facts, rope.cos, rope.rotary_dim, rope.is_neox, sizes, grid)
-        sin = _trace(facts, rope.sin, rope.rotary_dim, rope.is_neox, sizes, grid)
+        cos = _trace(analysis, rope.cos, rope.rotary_dim, rope.is_neox, sizes, grid)
+        sin = _trace(analysis, rope.sin, rope.rotary_dim, rope.is_neox, sizes, grid)
     except Decline:
         return None
     if cos is None or sin is None or cos[1:] != sin[1:]:
@@ -61,15 +61,15 @@ _Trace = tuple[Columns, Node, int, bool, tuple[int, ...]]
 
 
 def _trace(
-    facts: Facts, lanes: Lanes, rotary_dim: int, is_neox: bool, sizes: Sizes, grid: tuple[int, int]
+    analysis: GraphAnalysis, lanes: Lanes, rotary_dim: int, is_neox: bool, sizes: Sizes, grid: tuple[int, int]
 ) -> _Trace | None:
-    leaves = _leaves(facts, lanes.leaf)
-    tables = [leaf for leaf in leaves if opset.is_float_tensor(leaf) or opset.is_complex_tensor(leaf)]
-    indices = [leaf for leaf in leaves if opset.is_int_tensor(leaf)]
+    leaves = _leaves(analysis, lanes.leaf)
+    tables = [leaf for leaf in leaves if operations.is_float_tensor(leaf) or operations.is_complex_tensor(leaf)]
+    indices = [leaf for leaf in leaves if operations.is_int_tensor(leaf)]
     if len(tables) != 1 or len(indices) != 1 or len(leaves) != 2 or tables[0].meta["val"].dim() != 2:
         return None
     table, positions = tables[0], indices[0]
-    row, column = _elements(facts, lanes, table, positions, sizes, grid)
+    row, column = _elements(analysis, lanes, table, positions, sizes, grid)
     if not bool((column == column[0]).all()):
         return None
     step = constant_step(column[0])
@@ -90,25 +90,25 @@ def _trace(
     return None
 
 
-def _leaves(facts: Facts, node: Node) -> list[Node]:
+def _leaves(analysis: GraphAnalysis, node: Node) -> list[Node]:
     """What `node` is made from by movement and lookups alone; equal values count once, constants not at all."""
     leaves: dict[Node, None] = {}
     seen: set[Node] = set()
     stack = [node]
     while stack:
         top = stack.pop()
-        if top in seen or opset.is_symbolic(top):
+        if top in seen or operations.is_symbolic(top):
             continue
         seen.add(top)
-        if opset.is_movement(top) or opset.is_join(top) or opset.is_selection(top):
+        if operations.is_movement(top) or operations.is_join(top) or operations.is_selection(top):
             stack.extend(top.all_input_nodes)
-        elif not opset.is_literal(top):
-            leaves[facts.canonical(top)] = None
+        elif not operations.is_literal(top):
+            leaves[analysis.canonical(top)] = None
     return list(leaves)
 
 
 def _elements(
-    facts: Facts, lanes: Lanes, table: Node, positions: Node, sizes: Sizes, grid: tuple[int, int]
+    analysis: GraphAnalysis, lanes: Lanes, table: Node, positions: Node, sizes: Sizes, grid: tuple[int, int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """For each token and lane: which element of `positions` chose its row, and which column it takes.
 
@@ -124,12 +124,12 @@ def _elements(
     results: list[torch.Tensor] = []
     for numbers in (row_numbers, column_numbers):
         given = {table: numbers, positions: chosen.to(positions.meta["val"].dtype)}
-        inputs = _everywhere(facts, lanes.leaf, given)
+        inputs = _everywhere(analysis, lanes.leaf, given)
         moved = evaluate([lanes.leaf], inputs, sizes, Arithmetic.MOVE)[0]
         if moved.dtype != torch.int64:
             raise Decline("rope.rows", f"{lanes.leaf} is not made of the table's elements alone", [lanes.leaf])
         results.append(moved - _FIRST)
-    if opset.is_complex_tensor(lanes.leaf):
+    if operations.is_complex_tensor(lanes.leaf):
         row, column = results
         results = [torch.stack([row, row], -1), torch.stack([2 * column, 2 * column + 1], -1)]
     chosen_rows, columns = (lanes.take(each.reshape(-1, lanes.width)) for each in results)
@@ -137,9 +137,9 @@ def _elements(
     return chosen_rows.repeat(repeats, 1), columns.repeat(repeats, 1)
 
 
-def _everywhere(facts: Facts, out: Node, values: dict[Node, torch.Tensor]) -> dict[Node, torch.Tensor]:
+def _everywhere(analysis: GraphAnalysis, out: Node, values: dict[Node, torch.Tensor]) -> dict[Node, torch.Tensor]:
     """`values`, also for the other nodes above `out` that hold the same value (there is no CSE in inference)."""
-    by_number = {facts.value_number(node): value for node, value in values.items()}
+    by_number = {analysis.value_number(node): value for node, value in values.items()}
     inputs: dict[Node, torch.Tensor] = {}
     stack = [out]
     seen: set[Node] = set()
@@ -148,8 +148,8 @@ def _everywhere(facts: Facts, out: Node, values: dict[Node, torch.Tensor]) -> di
         if node in seen:
             continue
         seen.add(node)
-        if facts.value_number(node) in by_number:
-            inputs[node] = by_number[facts.value_number(node)]
+        if analysis.value_number(node) in by_number:
+            inputs[node] = by_number[analysis.value_number(node)]
         else:
             stack.extend(node.all_input_nodes)
     return inputs

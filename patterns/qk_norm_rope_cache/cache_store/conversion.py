@@ -16,7 +16,7 @@ import torch
 from torch.fx import Node
 
 from fx_fusion.decline import Decline
-from fx_fusion.graph import operations as opset
+from fx_fusion.graph import operations
 from fx_fusion.graph.operations import aten
 from fx_fusion.graph.paths import strip_views, widens
 from fx_fusion.graph.sizes import Sizes
@@ -94,10 +94,10 @@ def read_conversion(store: Store, *, keep_rows: bool = False) -> Conversion:
 
     node, dtype = strip(store.value), stored_dtype(store)
     reinterpreted: list[Step] = []
-    while opset.is_reinterpretation(node):
+    while operations.is_reinterpretation(node):
         reinterpreted.append(_step(node))
         node = strip(node.args[0])
-    cast = _step(node) if opset.is_cast(node) and node.meta["val"].dtype == dtype else None
+    cast = _step(node) if operations.is_cast(node) and node.meta["val"].dtype == dtype else None
     node = strip(node.args[0]) if cast else node
     source = node.meta["val"].dtype
     clamps: list[Step] = []
@@ -105,7 +105,7 @@ def read_conversion(store: Store, *, keep_rows: bool = False) -> Conversion:
         clamps.append(_step(node))
         node = strip(node.args[0])
     narrow = None
-    before = strip(node.args[0]) if opset.is_cast(node) else node
+    before = strip(node.args[0]) if operations.is_cast(node) else node
     if before is not node and _read_scale(before) and not widens(node):
         narrow, node = _step(node), before
     scale = _read_scale(node)
@@ -141,7 +141,7 @@ def _read_scale(node: Node) -> Scale | None:
     multiplies = node.target in (aten.mul.Tensor, aten.mul.Scalar)
     if multiplies and _is_one_number(value) and isinstance(factor, Node):
         value, factor = factor, value
-    if not isinstance(value, Node) or not opset.is_float_tensor(value) or not _is_one_number(factor):
+    if not isinstance(value, Node) or not operations.is_float_tensor(value) or not _is_one_number(factor):
         return None
     number = _read_number(factor)
     divisor = number if number is not None else factor
@@ -161,7 +161,7 @@ def _read_number(value: Any) -> float | None:
     """A number written in the code; never the value of a graph input."""
     if not isinstance(value, Node):
         return float(value)
-    if value.op != "call_function" or not opset.is_literal(value):
+    if value.op != "call_function" or not operations.is_literal(value):
         return None
     return float(evaluate([value], {}, Sizes(), Arithmetic.NATIVE)[0])
 

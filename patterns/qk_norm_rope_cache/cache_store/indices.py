@@ -8,7 +8,7 @@ import torch
 from torch.fx import Node
 
 from fx_fusion.decline import Decline
-from fx_fusion.graph.analysis import Facts
+from fx_fusion.graph.analysis import GraphAnalysis
 from fx_fusion.graph.operations import aten
 from fx_fusion.graph.sizes import Sizes, same
 from fx_fusion.graph.store_site import Store
@@ -25,7 +25,7 @@ _EVERY_INDEX = 1 << 22
 
 
 def read_addresses(
-    facts: Facts, store: Store, elements: torch.Tensor, heads: Heads, sizes: Sizes, grid: tuple[int, int]
+    analysis: GraphAnalysis, store: Store, elements: torch.Tensor, heads: Heads, sizes: Sizes, grid: tuple[int, int]
 ) -> Addresses:
     """Where `store` puts what.
 
@@ -36,7 +36,7 @@ def read_addresses(
     """
     _check_writer(store)
     check_view(store, sizes)
-    check_unchanged(store, facts.sizes)
+    check_unchanged(store, analysis.sizes)
     written = read_written(store, sizes)
     like = next(iter((*written.plain.values(), *(number for _, number in written.indexed.values()))))
     elements = _as_stored(store, elements, like)
@@ -48,10 +48,10 @@ def read_addresses(
     written = without_counting(written, elements, heads, grid)
     places = _read_places(store, written, elements, heads, grid)
     found = _address(store, written, places, token, heads, grid)
-    canonical = {name: _canonical(facts, getattr(found, name)) for name in ("slots", "blocks", "in_group")}
+    canonical = {name: _canonical(analysis, getattr(found, name)) for name in ("slots", "blocks", "in_group")}
     found = replace(found, **canonical)
-    flag = read_flag(facts, store, own, token, sizes, grid)
-    return by_sign(facts, found, flag) if flag is not None else found
+    flag = read_flag(analysis, store, own, token, sizes, grid)
+    return by_sign(analysis, found, flag) if flag is not None else found
 
 
 def _check_writer(store: Store) -> None:
@@ -188,11 +188,11 @@ def _index(written: Written, dim: int, token: torch.Tensor, grid: tuple[int, int
     raise Decline("store.index", f"{node} does not hold one index per token, in order", [store.writer])
 
 
-def _canonical(facts: Facts, index: Index | None) -> Index | None:
-    return index and replace(index, node=index.node and facts.canonical(index.node))
+def _canonical(analysis: GraphAnalysis, index: Index | None) -> Index | None:
+    return index and replace(index, node=index.node and analysis.canonical(index.node))
 
 
-def same_slots(facts: Facts, key: Addresses, value: Addresses, sizes: Sizes) -> Index | None:
+def same_slots(analysis: GraphAnalysis, key: Addresses, value: Addresses, sizes: Sizes) -> Index | None:
     """The slots that both are stored at, or None if that cannot be shown.
 
     Blocks and slots are shared; how many there are may be two symbols for what is one number.
@@ -205,10 +205,10 @@ def same_slots(facts: Facts, key: Addresses, value: Addresses, sizes: Sizes) -> 
     plain, grouped = (key, value) if key.in_group is None else (value, key)
     if plain.in_group is not None or sized[0] != sized[1]:
         return None
-    return plain.slots if _splits(facts, plain.slots, grouped, sized[0][1], sizes) else None
+    return plain.slots if _splits(analysis, plain.slots, grouped, sized[0][1], sizes) else None
 
 
-def _splits(facts: Facts, slots: Index, grouped: Addresses, block_size: int, sizes: Sizes) -> bool:
+def _splits(analysis: GraphAnalysis, slots: Index, grouped: Addresses, block_size: int, sizes: Sizes) -> bool:
     """Do the two indices of `grouped` spell the slot, at every slot that a block has, counted from either end?"""
     group, place = grouped.slots, grouped.in_group
     assert place is not None
@@ -218,7 +218,7 @@ def _splits(facts: Facts, slots: Index, grouped: Addresses, block_size: int, siz
         return False
     every = torch.arange(-block_size, block_size)
     # The same slots may be computed once more for the value.
-    alike = (each for each in _above(group.node, place.node) if facts.canonical(each) is slots.node)
+    alike = (each for each in _above(group.node, place.node) if analysis.canonical(each) is slots.node)
     try:
         found = evaluate([group.node, place.node], dict.fromkeys(alike, every), sizes, Arithmetic.NATIVE)
     except Decline:

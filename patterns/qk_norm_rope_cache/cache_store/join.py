@@ -13,7 +13,7 @@ from dataclasses import replace
 from torch.fx import Node
 
 from fx_fusion.decline import Decline
-from fx_fusion.graph.analysis import Facts
+from fx_fusion.graph.analysis import GraphAnalysis
 from fx_fusion.graph.paths import angles_after_projection, is_moved_from, strip_views
 from fx_fusion.graph.store_site import Join, Store, joined
 from fx_fusion.patterns.qk_norm_rope_cache.cache_store.conversion import Conversion, read_conversion
@@ -21,7 +21,9 @@ from fx_fusion.patterns.qk_norm_rope_cache.cache_store.conversion import Convers
 Pair = tuple[Store, Store, Node]
 
 
-def take_apart(facts: Facts, pairs: Iterable[Pair], single: Iterable[Store]) -> tuple[list[Pair], list[Decline]]:
+def take_apart(
+    analysis: GraphAnalysis, pairs: Iterable[Pair], single: Iterable[Store]
+) -> tuple[list[Pair], list[Decline]]:
     """All pairs, in graph order, and why other stores are none: of what
     :func:`~fx_fusion.graph.store_site.pair_stores` found.
 
@@ -31,23 +33,23 @@ def take_apart(facts: Facts, pairs: Iterable[Pair], single: Iterable[Store]) -> 
     declined: list[Decline] = []
     for a, b, origin in pairs:
         both_join = all(joined(read_conversion(store).value) for store in (a, b))
-        divided = [_divide(facts, store) for store in (a, b)] if both_join else []
+        divided = [_divide(analysis, store) for store in (a, b)] if both_join else []
         found += [pair for pair in divided if pair] if divided and all(divided) else [(a, b, origin)]
     for store in single:
-        divided = _divide(facts, store)
+        divided = _divide(analysis, store)
         if divided:
             found.append(divided)
         else:
-            declined.append(_unpaired(facts, store))
-    found.sort(key=lambda pair: facts.order[pair[0].writer])
+            declined.append(_unpaired(analysis, store))
+    found.sort(key=lambda pair: analysis.order[pair[0].writer])
     return found, declined
 
 
-def _divide(facts: Facts, store: Store) -> Pair | None:
+def _divide(analysis: GraphAnalysis, store: Store) -> Pair | None:
     """The two stores that `store` is, and the value that both come from; None if it joins no key and value."""
     conversion = read_conversion(store)
     parts = joined(conversion.value)
-    origin, angles = _angles(facts, conversion)
+    origin, angles = _angles(analysis, conversion)
     if origin is None or len(parts) != 2 or angles[0] == angles[1]:
         return None
     after = frozenset(step.node for step in conversion.steps)
@@ -55,19 +57,19 @@ def _divide(facts: Facts, store: Store) -> Pair | None:
     return first, second, strip_views(origin)
 
 
-def _angles(facts: Facts, conversion: Conversion) -> tuple[Node | None, list[int]]:
+def _angles(analysis: GraphAnalysis, conversion: Conversion) -> tuple[Node | None, list[int]]:
     """What the values that are stored jointly come from, and how many tensors feed each besides."""
     first, *others = joined(conversion.value) or [conversion.value]
-    meeting = facts.latest_common_ancestors(first, others)
-    origin = min(meeting.values(), key=facts.order.__getitem__, default=None)
+    meeting = analysis.latest_common_ancestors(first, others)
+    origin = min(meeting.values(), key=analysis.order.__getitem__, default=None)
     if origin is None or any(is_moved_from(a, b) for a, b in itertools.permutations((first, *others), 2)):
         return None, []
-    return origin, [angles_after_projection(facts, origin, part) for part in (first, *others)]
+    return origin, [angles_after_projection(analysis, origin, part) for part in (first, *others)]
 
 
-def _unpaired(facts: Facts, store: Store) -> Decline:
+def _unpaired(analysis: GraphAnalysis, store: Store) -> Decline:
     conversion = read_conversion(store)
-    _, angles = _angles(facts, conversion)
+    _, angles = _angles(analysis, conversion)
     if angles and not any(angles):
         parts = " and ".join(map(str, joined(conversion.value)))
         found = f"{store.writer} stores {parts}, joined, none of which is rotated; expected a rotated key and a value"

@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from fx_fusion.decline import Decline
-from fx_fusion.graph.analysis import Facts
+from fx_fusion.graph.analysis import GraphAnalysis
 from fx_fusion.graph.operations import aten, node_of
 from fx_fusion.graph.paths import strip_views
 from fx_fusion.graph.sizes import Sizes
@@ -23,7 +23,7 @@ _NOT_NEGATIVE: tuple[tuple[Any, int], ...] = ((aten.ge.Scalar, 0), (aten.gt.Scal
 
 
 def read_flag(
-    facts: Facts, store: Store, own: torch.Tensor, token: torch.Tensor, sizes: Sizes, grid: tuple[int, int]
+    analysis: GraphAnalysis, store: Store, own: torch.Tensor, token: torch.Tensor, sizes: Sizes, grid: tuple[int, int]
 ) -> Flag | None:
     if store.mask is None:
         return None
@@ -34,12 +34,12 @@ def read_flag(
     if root.meta["val"].dtype == torch.bool and torch.broadcast_shapes(moved.shape, own.shape) == own.shape:
         for per_batch, per_token, number in index_forms(token, grid):
             if bool((moved.expand(own.shape)[own] == number.reshape(-1)).all()):
-                return Flag(Index(facts.canonical(root), per_batch, per_token), store.mask.inverted)
+                return Flag(Index(analysis.canonical(root), per_batch, per_token), store.mask.inverted)
     found = f"{store.mask.flag} does not hold one truth value per token: parts of a token would be stored"
     raise Decline("store.mask", found, [store.mask.where])
 
 
-def by_sign(facts: Facts, addresses: Addresses, flag: Flag) -> Addresses:
+def by_sign(analysis: GraphAnalysis, addresses: Addresses, flag: Flag) -> Addresses:
     """Of a mask ``slots >= 0``, the slots themselves: then nothing is computed outside the call."""
     test, index = flag.index.node, addresses.slots.node
     assert test is not None
@@ -48,21 +48,21 @@ def by_sign(facts: Facts, addresses: Addresses, flag: Flag) -> Addresses:
         return replace(addresses, stored=flag)
     slots = node_of(test.args[0])
     same_tokens = replace(flag.index, node=index) == addresses.slots
-    if not same_tokens or facts.value_number(slots) not in _without_sign(facts, index, flag):
+    if not same_tokens or analysis.value_number(slots) not in _without_sign(analysis, index, flag):
         return replace(addresses, stored=flag)
     return replace(
-        addresses, slots=replace(addresses.slots, node=facts.canonical(slots)), stored=replace(flag, by_sign=True)
+        addresses, slots=replace(addresses.slots, node=analysis.canonical(slots)), stored=replace(flag, by_sign=True)
     )
 
 
-def _without_sign(facts: Facts, index: Node, flag: Flag) -> list[int]:
+def _without_sign(analysis: GraphAnalysis, index: Node, flag: Flag) -> list[int]:
     """What `index` equals wherever that is not negative: itself, and what it was clamped or selected from."""
     found = [index]
     if index.target is aten.relu.default or _clamps_at_zero(index):
         found.append(node_of(index.args[0]))
-    elif index.target is aten.where.self and facts.canonical(node_of(index.args[0])) is flag.index.node:
+    elif index.target is aten.where.self and analysis.canonical(node_of(index.args[0])) is flag.index.node:
         found.append(node_of(index.args[2 if flag.inverted else 1]))
-    return [facts.value_number(node) for node in found]
+    return [analysis.value_number(node) for node in found]
 
 
 def _clamps_at_zero(node: Node) -> bool:

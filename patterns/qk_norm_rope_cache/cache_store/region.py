@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from fx_fusion.decline import Decline
-from fx_fusion.graph import operations as opset
+from fx_fusion.graph import operations
 from fx_fusion.graph.operations import aten, prims, value_of
 from fx_fusion.graph.paths import strip_views
 from fx_fusion.graph.sizes import Sizes, same
@@ -61,7 +61,7 @@ def _put(store: Store, sizes: Sizes) -> tuple[dict[int, torch.Tensor], dict[int,
         indices: Any = store.writer.args[1]
         given[: len(indices)] = indices
     for index in given:
-        if index is not None and not opset.is_int_tensor(index):
+        if index is not None and not operations.is_int_tensor(index):
             raise Decline("store.index", f"{index} is not an integer index", [store.writer])
     if not any(given):
         raise Decline("store.index", "the whole cache is overwritten", [store.writer])

@@ -10,7 +10,7 @@ import torch
 from torch.fx import Node
 
 from fx_fusion.decline import Decline
-from fx_fusion.graph.analysis import Facts
+from fx_fusion.graph.analysis import GraphAnalysis
 from fx_fusion.graph.operations import aten
 from fx_fusion.graph.paths import Branch
 from fx_fusion.graph.sizes import Sizes
@@ -55,7 +55,7 @@ class Stored:
 
 
 def read_stored_key(
-    facts: Facts,
+    analysis: GraphAnalysis,
     store: Store,
     conversion: Conversion,
     key: Branch,
@@ -64,23 +64,23 @@ def read_stored_key(
     memo: Memo,
 ) -> Stored:
     """The rotated key's store: where each element of the branch's result lands."""
-    layout, sizes = heads.heads, facts.sizes[0]
+    layout, sizes = heads.heads, analysis.sizes[0]
     scale = conversion.scale and check_scale(conversion.scale, _dtype(key.out))
 
     def read() -> tuple[Heads, Addresses]:
         shape = sizes.shape(key.out.meta["val"])
         _check_memory(store, shape, sizes)
         numbers = torch.arange(torch.Size(shape).numel()).reshape(*grid, layout.num_heads, layout.head_dim)
-        elements = _arriving(facts, store, conversion, key.out, heads.arrange(numbers).reshape(shape), sizes)
-        return layout, read_addresses(facts, store, elements, layout, sizes, grid)
+        elements = _arriving(analysis, store, conversion, key.out, heads.arrange(numbers).reshape(shape), sizes)
+        return layout, read_addresses(analysis, store, elements, layout, sizes, grid)
 
     asked = (layout, heads.token_dims, heads.heads_first, grid)
-    addresses = _stored_once(facts, store, conversion, key.out, asked, memo, read)[1]
+    addresses = _stored_once(analysis, store, conversion, key.out, asked, memo, read)[1]
     saturate = saturates(conversion, _device(store))
     return Stored(store, key.data, layout, addresses, conversion.dtype, scale, saturate)
 
 
-def read_stored_value(facts: Facts, store: Store, key: Stored, grid: tuple[int, int], memo: Memo) -> Stored:
+def read_stored_value(analysis: GraphAnalysis, store: Store, key: Stored, grid: tuple[int, int], memo: Memo) -> Stored:
     """The value's store, in the first way that a kernel can copy it in, and that suits the key's store."""
     conversion = read_conversion(store, keep_rows=True)
     saturate = saturates(conversion, _device(store))
@@ -106,18 +106,18 @@ def read_stored_value(facts: Facts, store: Store, key: Stored, grid: tuple[int, 
     data = suited[0].data
 
     def read() -> tuple[Heads, Addresses]:
-        return _read_copied(facts, store, conversion, data, key.heads, grid)
+        return _read_copied(analysis, store, conversion, data, key.heads, grid)
 
-    heads, addresses = _stored_once(facts, store, conversion, data, (key.heads, grid), memo, read)
+    heads, addresses = _stored_once(analysis, store, conversion, data, (key.heads, grid), memo, read)
     return Stored(
         store, data, heads, addresses, conversion.dtype, suited[0].scale, None if suited[0].in_range else saturate
     )
 
 
-def shared_slots(facts: Facts, key: Stored, value: Stored, sizes: Sizes) -> Index:
+def shared_slots(analysis: GraphAnalysis, key: Stored, value: Stored, sizes: Sizes) -> Index:
     """The slots of both stores, which a call takes once."""
     a, b = key.addresses, value.addresses
-    slots = same_slots(facts, a, b, sizes)
+    slots = same_slots(analysis, a, b, sizes)
     if slots is None:
         masked = ["masked" if addresses.stored else "unmasked" for addresses in (a, b)]
         kinds = [f", {kind}" if masked[0] != masked[1] else "" for kind in masked]
@@ -128,17 +128,17 @@ def shared_slots(facts: Facts, key: Stored, value: Stored, sizes: Sizes) -> Inde
 
 
 def _read_copied(
-    facts: Facts, store: Store, conversion: Conversion, data: Node, key: Heads, grid: tuple[int, int]
+    analysis: GraphAnalysis, store: Store, conversion: Conversion, data: Node, key: Heads, grid: tuple[int, int]
 ) -> tuple[Heads, Addresses]:
     """Which heads of `data` the store copies, and whereto."""
-    sizes = facts.sizes[0]
+    sizes = analysis.sizes[0]
     shape = sizes.shape(data.meta["val"])
     width, rest = divmod(torch.Size(shape).numel(), grid[0] * grid[1])
     if rest:
         raise Decline("split.layout", f"{data} of shape {list(shape)} does not hold {grid[0] * grid[1]} tokens", [data])
     _check_memory(store, shape, sizes)
     numbers = torch.arange(torch.Size(shape).numel()).reshape(shape)
-    moved = _arriving(facts, store, conversion, data, numbers, sizes)
+    moved = _arriving(analysis, store, conversion, data, numbers, sizes)
     columns = (moved[moved >= 0] % width).unique()
     heads = read_heads(columns, key.head_dim, width, data)
     if heads.num_heads != key.num_heads:
@@ -147,7 +147,7 @@ def _read_copied(
     lane = torch.zeros(width, dtype=torch.long)
     lane[expected_columns(heads).reshape(-1)] = torch.arange(heads.num_heads * heads.head_dim)
     elements = torch.where(moved < 0, -1, moved // width * len(columns) + lane[moved % width])
-    return heads, read_addresses(facts, store, elements, heads, sizes, grid)
+    return heads, read_addresses(analysis, store, elements, heads, sizes, grid)
 
 
 def _check_memory(store: Store, source: Sequence[int], sizes: Sizes) -> None:
@@ -157,7 +157,7 @@ def _check_memory(store: Store, source: Sequence[int], sizes: Sizes) -> None:
 
 
 def _stored_once(
-    facts: Facts,
+    analysis: GraphAnalysis,
     store: Store,
     conversion: Conversion,
     source: Node,
@@ -171,14 +171,14 @@ def _stored_once(
     """
     if store.scatters or store.mask or store.writer.target not in _PLAIN_WRITERS:
         return read()
-    steps = [*store.steps_from(facts, source), *store.views, store.writer]
-    structure, feeding = facts.structure(steps)
+    steps = [*store.steps_from(analysis, source), *store.views, store.writer]
+    structure, feeding = analysis.structure(steps)
     converting = [steps.index(step.node) for step in conversion.steps_after(source)]
-    fed_by = [facts.value_number(node) for node in feeding]
-    places = [fed_by.index(facts.value_number(node)) for node in (source, store.base)]
+    fed_by = [analysis.value_number(node) for node in feeding]
+    places = [fed_by.index(analysis.value_number(node)) for node in (source, store.base)]
     position = store.join and store.join.position
     question = ("store", structure, tuple(converting), conversion.dtype, tuple(places), position, asked)
-    indices = [facts.canonical(node) for node in feeding]
+    indices = [analysis.canonical(node) for node in feeding]
     if question not in memo:
         memo[question] = (*read(), indices)
     heads, addresses, known = memo[question]
@@ -186,12 +186,12 @@ def _stored_once(
 
 
 def _arriving(
-    facts: Facts, store: Store, conversion: Conversion, source: Node, numbers: torch.Tensor, sizes: Sizes
+    analysis: GraphAnalysis, store: Store, conversion: Conversion, source: Node, numbers: torch.Tensor, sizes: Sizes
 ) -> torch.Tensor:
     """`numbers`, of the elements of `source`, as they arrive in the stored value."""
     steps = conversion.steps_after(source)
     allowed = {step.node for step in steps} | ({store.join.node} if store.join else set())
-    certify_copy(store.steps_from(facts, source), allowed, _dtype(source), conversion.dtype)
+    certify_copy(store.steps_from(analysis, source), allowed, _dtype(source), conversion.dtype)
     return moved_elements(store, steps, source, numbers, sizes)
 
 

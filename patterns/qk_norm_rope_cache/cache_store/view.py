@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from fx_fusion.decline import Decline
-from fx_fusion.graph import operations as opset
+from fx_fusion.graph import operations
 from fx_fusion.graph.operations import SCATTERS, aten
 from fx_fusion.graph.paths import alias_steps
 from fx_fusion.graph.sizes import Sizes
@@ -34,7 +34,7 @@ def check_view(store: Store, sizes: Sizes) -> None:
     """
     base: torch.Tensor = store.base.meta["val"]
     whole = _whole(store, sizes)
-    if any(node.target is aten.view.dtype and not opset.is_reinterpretation(node) for node in store.views):
+    if any(node.target is aten.view.dtype and not operations.is_reinterpretation(node) for node in store.views):
         raise Decline("store.cache_not_viewable", f"{store.view} has elements of another size", [store.view])
     if base.storage_offset() and any(node.target is aten.as_strided.default for node in store.views):
         found = f"{store.view} is given by its place in memory, and {store.base} does not begin where its storage does"
