@@ -100,7 +100,7 @@ class FusionReport:
     @property
     def concerns(self) -> bool:
         """Is there anything in the graph for a fusion to do: a cache store, or a place that a fusion looked at?"""
-        idle = ("store.missing", "report.missing", "graph.training", "graph.disabled")
+        idle = ("store.missing", "fusion.absent", "report.missing", "graph.training", "graph.disabled")
         return self.stores > 0 or any(layer.code not in idle for layer in self.layers)
 
     @property

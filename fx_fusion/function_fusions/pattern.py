@@ -11,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fx_fusion.function_fusions.parameters import Kind, Parameter, Variant, asked, read_parameters, variants
+from fx_fusion.function_fusions.steps import is_random
 from fx_fusion.graph.tracing import Functional, NotTraceable, fakes_like, quiet, trace
 
 #: Shapes that a tensor of a made-up example may have. Sizes that mean different things differ.
@@ -147,6 +148,6 @@ def _with(variant: Variant) -> str:
 
 
 def _check(fn: Callable[..., Any], traced: Functional) -> None:
-    random = [n for n in traced.nodes if torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ())]
+    random = [node for node in traced.nodes if is_random(node)]
     if random:
         raise ValueError(f"register_fusion: the pattern draws random numbers ({random[0].target})")
