@@ -81,7 +81,6 @@ def test_mutants_of_a_users_pattern(monkeypatch):
         assert tally.refused and tally.right and not tally.wrong
         monkeypatch.setattr("fx_fusion.function_fusions.agreement.TOLERANCE", 1.0)
         monkeypatch.setattr("fx_fusion.function_fusions.equivalence.TOLERANCE", 1.0)
-        monkeypatch.setattr("fx_fusion.function_fusions.proof.TOLERANCE", 1.0)
         monkeypatch.setattr("fx_fusion.function_fusions.fusion.compare_replacement", lambda *_: 0.0)
         with pytest.raises(AssertionError, match="mutants that were fused wrongly"):
             testing.mutants(model, args, count=25, trials=4)

@@ -21,6 +21,7 @@ from fx_fusion.function_fusions.samples import Sampler
 from fx_fusion.function_fusions.steps import coarsest
 from fx_fusion.function_fusions.tracer import Shapes, Spelled, Tracer
 from fx_fusion.graph.analysis import Facts
+from fx_fusion.graph.operations import aten
 from fx_fusion.graph.sizes import Sizes
 from fx_fusion.graph.tracing import Functional, NotTraceable
 
@@ -84,10 +85,16 @@ class Agreement:
             except Decline as decline:
                 furthest = decline
                 continue
-            if difference < TOLERANCE:
-                return numbers
-            found = f"in float64 {{0}} and the pattern differ by {difference:.1e}"
-            furthest = Miss("proof.mismatch", found, [where])
+            if not difference < TOLERANCE:
+                found = f"in float64 {{0}} and the pattern differ by {difference:.1e}"
+                furthest = Miss("proof.mismatch", found, [where])
+                continue
+            try:
+                sample(comparison, pattern.traced, nodes, tensors)
+            except Decline as decline:
+                furthest = decline
+                continue
+            return numbers
         raise furthest
 
     def _shapes(self, variant: Variant, tensors: Mapping[str, Node], sizes: Sizes) -> Shapes:
@@ -120,9 +127,38 @@ def _first_difference(comparison: Comparison, pattern: Functional, tensors: Mapp
     difference, where = comparison.difference(*sampler.first())
     if difference < TOLERANCE and len(comparison.told) < len(comparison.region.results):
         return float("inf"), where
-    if difference < TOLERANCE:
-        return comparison.difference(*sampler.first(1e-3))
     return difference, where
+
+
+def sample(
+    comparison: Comparison, pattern: Functional, nodes: Sequence[Node], tensors: Mapping[str, Node], seed: int = 3
+) -> float:
+    """The largest relative difference over all samples.
+
+    Raises:
+        Decline: ``proof.mismatch`` with the difference and the sample, ``proof.not_analytic``.
+    """
+    literals = [float(x) for x in literals_of([*nodes, *pattern.nodes])]
+    sampler = Sampler(pattern, seed, literals, _turns(comparison), same(tensors))
+    worst = 0.0
+    for name, values, domain in sampler:
+        difference, where = comparison.difference(values, domain)
+        if not difference < TOLERANCE:
+            found = f"in float64 {{0}} and the pattern differ by {difference:.1e} on {name}"
+            raise Miss("proof.mismatch", found, [where])
+        worst = max(worst, difference)
+    untold = set(range(len(comparison.region.results))) - comparison.told
+    if untold:
+        step = comparison.region.results[min(untold)]
+        raise Miss("proof.mismatch", "{0} has on no sample a value to compare", [step.node])
+    comparison.check_steepness(*sampler.nearby())
+    return worst
+
+
+def _turns(comparison: Comparison) -> bool:
+    """Is there a sine or cosine?"""
+    turning = (aten.sin.default, aten.cos.default)
+    return any(step.target in turning for side in (comparison.region, comparison.pattern) for step in side.steps)
 
 
 def same(tensors: Mapping[str, Node]) -> dict[str, str]:

@@ -41,6 +41,7 @@ class Locator:
         self.outline = outline
         self._limit = 4 * outline.depth + 64
         self._passable: dict[Node, bool] = {}
+        self._tensors: dict[Node, frozenset[Node]] = {}
 
     def is_passable(self, node: Node) -> bool:
         """May `node` be a step of the region?"""
@@ -54,30 +55,56 @@ class Locator:
         return self._ground.steps.marks(node) <= self.outline.allowed
 
     def window(self, anchor: Node) -> list[Node]:
-        """The nodes around `anchor` of which a region may be made, nearest first."""
-        found = dict.fromkeys(self._after([anchor]))
-        last = len(found) + self._limit
-        queue = list(found)
+        """The nodes around `anchor` that may be steps of one region with it, nearest first.
+
+        With a step inside, whatever feeds it and cannot be inside is one of the region's tensors, and those are only so
+        many. Where residual layers follow each other, each would add one: the window ends there.
+        """
+        needs = self._after([anchor])
+        queue = list(needs)
         for node in queue:
             for parent in node.all_input_nodes:
-                if parent not in found and not opset.is_symbolic(parent) and self.is_passable(parent):
-                    if len(found) >= last:
-                        return list(found)
-                    found[parent] = None
+                if opset.is_symbolic(parent) or not self.is_passable(parent) or len(needs) > self._limit + _RESULTS:
+                    continue
+                needed = needs[node] | self._tensors_of(parent)
+                if len(needed) > len(self.outline.takes) or len(needs.get(parent, needed)) < len(needed):
+                    continue
+                if parent not in needs or len(needs[parent]) > len(needed):
+                    needs[parent] = needed
                     queue.append(parent)
-        return list(found)
+        return list(needs)
 
-    def _after(self, starts: Sequence[Node]) -> list[Node]:
-        found: dict[Node, None] = {}
-        layer = list(starts)
+    def _tensors_of(self, node: Node) -> frozenset[Node]:
+        """What feeds `node`, maybe by way of steps with one operand, and cannot be a step of the region."""
+        if node not in self._tensors:
+            sources = (self._source(parent) for parent in node.all_input_nodes if is_tensor(parent))
+            self._tensors[node] = frozenset(
+                self._facts.canonical(s) for s in sources if not self.is_passable(s) and not self.is_constant(s)
+            )
+        return self._tensors[node]
+
+    def _source(self, node: Node) -> Node:
+        while self.is_passable(node):
+            operands = [p for p in node.all_input_nodes if not opset.is_symbolic(p) and not self.is_constant(p)]
+            if len(operands) != 1:
+                break
+            node = operands[0]
+        return node
+
+    def _after(self, starts: Sequence[Node]) -> dict[Node, frozenset[Node]]:
+        """What follows `starts` through passable steps, and the tensors that a region with it has at least."""
+        found: dict[Node, frozenset[Node]] = {}
+        layer = {node: frozenset[Node]() for node in starts}
         while layer and len(found) < _RESULTS:
-            after: dict[Node, None] = {}
-            for node in layer:
-                if node not in found and self.is_passable(node):
-                    found[node] = None
-                    after.update(dict.fromkeys(self._facts.users(node)))
-            layer = list(after)
-        return list(found)
+            after: dict[Node, frozenset[Node]] = {}
+            for node, before in layer.items():
+                needed = before | self._tensors_of(node) if self.is_passable(node) else before
+                if node in found or not self.is_passable(node) or len(needed) > len(self.outline.takes):
+                    continue
+                found[node] = needed
+                after.update((user, needed) for user in self._facts.users(node) if user not in after)
+            layer = after
+        return found
 
     def results_near(self, anchor: Node) -> list[Node]:
         """Nodes that the region may end in: `anchor` and what follows it through passable steps, nearest first."""

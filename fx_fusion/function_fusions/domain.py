@@ -37,6 +37,10 @@ class Domain(Protocol):
         """How far apart two values of one shape are, relative to the larger; 0 only if they may be equal."""
         ...
 
+    def distance(self, a: Any, b: Any) -> float:
+        """How far apart two values lie at most, where both are finite."""
+        ...
+
     def tells(self, actual: Any, expected: Any) -> bool:
         """Is there an element that has a value on both sides?"""
         ...
@@ -131,6 +135,11 @@ class Float64:
         size = size.amax(-1, keepdim=True) if size.dim() else size
         error = torch.where(finite, (actual - expected).abs(), 0.0)
         return float((error / size.clamp_min(1e-300)).max())
+
+    def distance(self, a: Any, b: Any) -> float:
+        if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor) or not a.numel():
+            return 0.0
+        return float(torch.where(a.isfinite() & b.isfinite(), (a - b).abs(), 0.0).max())
 
     def tells(self, actual: Any, expected: Any) -> bool:
         if not isinstance(actual, torch.Tensor) or not isinstance(expected, torch.Tensor) or not actual.numel():

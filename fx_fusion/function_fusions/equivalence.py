@@ -7,10 +7,11 @@ the operation is the same and its arguments are equal. So a clamp that random da
 on neither side; and a step that one side has alone does no harm where the result does not depend on it, as on the
 maximum that a softmax subtracts.
 
-Between free steps, three rules make agreement on samples agreement everywhere: the arguments of roots are those of the
+Between free steps, four rules make agreement on samples agreement everywhere: the arguments of roots are those of the
 other side's roots up to one constant factor (``sqrt(x * x)`` can spell a clamp); so is whatever is divided by, factor
 by factor, unless it is positive as a sum of exponentials is (``s / s`` and ``s / (s + 1e-30)`` are 1 almost
-everywhere); a logarithm is of something positive in this sense, or a free step.
+everywhere); a logarithm is of something positive in this sense, or a free step; and nothing turns so steeply that no
+sample lies where it does.
 """
 
 from __future__ import annotations
@@ -29,6 +30,11 @@ from fx_fusion.function_fusions.equivalences import COMMUTES
 from fx_fusion.function_fusions.misses import Miss
 from fx_fusion.function_fusions.steps import Kind, Step, arguments_of, divisors, factors, is_free, radicand, schedule
 from fx_fusion.graph.sizes import Sizes
+
+#: Kinds of steps that may turn from one value to another within a little of their argument, and how far the argument
+#: may move where ordinary input moves by a thousandth.
+_TURNING = frozenset({"exponential", "error function", "trigonometric"})
+_STEEP = 100.0
 
 
 @dataclass
@@ -97,15 +103,10 @@ class Comparison:
                 do not and a root or a divisor has none; ``region.evaluation``, ``region.too_large``.
         """
         region, pattern = _Run(self.region, values, domain), _Run(self.pattern, values, domain)
-        free = set(self.region.free)
-        for step in self.region.steps:
-            if step in free:
-                self._settle(step, region, pattern)
-            else:
-                region.compute(step)
+        self._run(region, pattern)
         worst, where = 0.0, self.region.results[0].node
         for i, (mine, theirs) in enumerate(zip(self.region.results, self.pattern.results, strict=True)):
-            actual, expected = region.known[mine], pattern.value(theirs)
+            actual, expected = region.known[mine], pattern.known[theirs]
             if domain.tells(actual, expected):
                 self.told.add(i)
             found = domain.differ(actual, expected)
@@ -119,6 +120,38 @@ class Comparison:
         self._match(region, pattern, "zero", self.region.zeros, self.pattern.zeros)
         self._match(pattern, region, "zero", self.pattern.zeros, self.region.zeros)
         return worst, where
+
+    def check_steepness(self, values: Values, moved: Values, domain: Domain) -> None:
+        """Between `values` and `moved`, nearby, no exponential, sine or the like may turn: samples would miss where.
+
+        Raises:
+            Decline: ``proof.not_analytic``.
+        """
+        region, pattern = _Run(self.region, values, domain), _Run(self.pattern, values, domain)
+        self._run(region, pattern)
+        for run in (region, pattern):
+            again = _Run(run.side, moved, domain)
+            again.known.update((step, run.known[step]) for step in run.side.free if step in run.known)
+            for step in run.side.steps:
+                again.value(step)
+                if step.rare not in _TURNING or step in run.side.free:
+                    continue
+                argument = next(parent for parent in step.parents)
+                if domain.distance(run.known[argument], again.known[argument]) > _STEEP:
+                    found = f"({step.target}) turns where ordinary input moves by a thousandth: samples cannot prove it"
+                    mine = run is region
+                    node, name = (step.node, "{0}") if mine else (self.region.results[0].node, "a step of the pattern")
+                    raise Miss("proof.not_analytic", f"{name} {found}", [node])
+
+    def _run(self, region: _Run, pattern: _Run) -> None:
+        free = set(self.region.free)
+        for step in self.region.steps:
+            if step in free:
+                self._settle(step, region, pattern)
+            else:
+                region.compute(step)
+        for result in self.pattern.results:
+            pattern.value(result)
 
     def _settle(self, step: Step, region: _Run, pattern: _Run) -> None:
         if step not in self._counterparts:

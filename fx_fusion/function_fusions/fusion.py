@@ -25,12 +25,14 @@ from fx_fusion.function_fusions.insertion import Traces, corresponding, insert
 from fx_fusion.function_fusions.layout import check_layout
 from fx_fusion.function_fusions.misses import misses, relocated
 from fx_fusion.function_fusions.numbers import literals_of
+from fx_fusion.function_fusions.operations_named import is_missing, missing_operations
+from fx_fusion.function_fusions.order import in_order
 from fx_fusion.function_fusions.parameters import check_replacement
 from fx_fusion.function_fusions.pattern import Pattern
 from fx_fusion.function_fusions.place import Place
 from fx_fusion.function_fusions.proof import prove
 from fx_fusion.function_fusions.reference import Reference
-from fx_fusion.function_fusions.replacement import compare_replacement
+from fx_fusion.function_fusions.replacement import ReplacementFails, compare_replacement
 from fx_fusion.function_fusions.search import Search
 from fx_fusion.function_fusions.symbols import all_sizes, check_sizes
 from fx_fusion.function_fusions.tracer import Tracer
@@ -111,6 +113,9 @@ class FunctionFusion:
         if len({pattern.parameters for pattern in self._patterns}) > 1:
             raise TypeError("register_fusion: the patterns must have the same parameters")
         check_replacement(self._patterns[0].parameters, replacement, "replacement")
+        missing = missing_operations(replacement)
+        if missing:
+            raise ValueError(f"register_fusion: {self.name}: the replacement calls {missing[0]}, which does not exist")
         for each in self._patterns:
             self._try_on_example(each)
 
@@ -127,7 +132,8 @@ class FunctionFusion:
             try:
                 compare_replacement(reference, self.replacement, example.tensors, others, _CPU, literals)
             except Decline as decline:
-                if decline.code == "fusion.replacement_differs":
+                wrong = decline.code == "fusion.replacement_differs"
+                if wrong or (isinstance(decline, ReplacementFails) and is_missing(decline.error)):
                     raise ValueError(f"register_fusion: {self.name}: {decline.found}") from None
                 log.info("fx_fusion: %s is compared with the graph at its first match: %s", self.name, decline.found)
 
@@ -138,7 +144,8 @@ class FunctionFusion:
         searches = [Search(facts, pattern, tracer) for pattern in self._patterns]
         places = [place for search in searches for place in search.places(covered)]
         places.sort(key=lambda place: facts.order[place.anchor])
-        return places, misses(self.name, searches, covered, found=bool(places))
+        kept, circular = in_order(facts, places)
+        return kept, [*circular, *misses(self.name, searches, covered, found=bool(places))]
 
     def read(self, facts: Facts, candidate: Place, memo: dict[object, Any]) -> Match:
         traces: Traces = memo.setdefault((self.name, "traces"), Traces())

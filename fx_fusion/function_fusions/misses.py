@@ -66,6 +66,6 @@ def misses(name: str, searches: Sequence[Searched], covered: set[Node], found: b
 def shown(mark: object) -> str:
     """A rare step, for people."""
     if isinstance(mark, tuple):
-        return f"a cast to {mark[1]}" if mark[0] == "cast" else str(mark[0])
+        return f"a cast to {mark[1]}" if mark[0] == "cast" else str(mark[1] or mark[0])
     kinds = {"root": "a root", "exponential": "an exponential", "product": "a matrix product"}
     return kinds.get(str(mark), str(mark))

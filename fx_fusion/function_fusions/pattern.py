@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from fx_fusion.function_fusions.canonical import Steps
 from fx_fusion.function_fusions.parameters import Kind, Parameter, Variant, asked, read_parameters, variants
-from fx_fusion.function_fusions.steps import is_random
+from fx_fusion.function_fusions.steps import Kind as StepKind
 from fx_fusion.graph.tracing import Functional, NotTraceable, fakes_like, quiet, trace
 
 #: Shapes that a tensor of a made-up example may have. Sizes that mean different things differ.
@@ -148,6 +149,10 @@ def _with(variant: Variant) -> str:
 
 
 def _check(fn: Callable[..., Any], traced: Functional) -> None:
-    random = [node for node in traced.nodes if is_random(node)]
-    if random:
-        raise ValueError(f"register_fusion: the pattern draws random numbers ({random[0].target})")
+    for step in map(Steps(traced.graph.nodes).__getitem__, traced.nodes):
+        if step.kind is StepKind.RANDOM:
+            raise ValueError(f"register_fusion: the pattern draws random numbers ({step.target})")
+        if step.kind is StepKind.BY_STRIDES:
+            raise ValueError(
+                f"register_fusion: the pattern reads memory by strides ({step.target}), which depend on the graph"
+            )

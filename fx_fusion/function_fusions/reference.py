@@ -20,9 +20,6 @@ from fx_fusion.graph.sizes import Sizes
 from fx_fusion.graph.tracing import Functional
 from fx_fusion.proof.evaluate import check_memory, schedule
 
-#: Integers of these are no bytes of text but quantised values, which may round otherwise.
-_QUANTISED = (torch.int8, torch.uint8)
-
 _ORDERING = frozenset(
     {
         aten.topk.default, aten.sort.default, aten.sort.stable, aten.argsort.default, aten.argmax.default,
@@ -66,6 +63,11 @@ class Reference:
                 inputs.setdefault(alias, name)
         nodes = tuple(schedule(place.results, inputs))
         return Reference("the graph", inputs, place.results, pattern.returned, pattern.mutated, sizes, nodes)
+
+    @property
+    def rounds(self) -> bool:
+        """May what it gives as integers have been rounded?"""
+        return any(node.target is aten.round.default or opset.is_opaque(node) for node in self.nodes)
 
     @property
     def orders(self) -> bool:

@@ -51,6 +51,12 @@ class Sampler:
         """One ordinary sample."""
         return self._scaled(scale), self._domain(True)
 
+    def nearby(self) -> tuple[Values, Values, Float64]:
+        """One ordinary sample, and another one that is off by a thousandth."""
+        values = self._scaled(1.0)
+        moved = {name: x * 1.001 if x.is_floating_point() or x.is_complex() else x for name, x in values.items()}
+        return values, moved, self._domain(True)
+
     def __iter__(self) -> Iterator[tuple[str, Values, Float64]]:
         """A description, values, and the arithmetic."""
         scales = [scale for scale in SCALES if not (self._turns and scale > _TURNING)]

@@ -213,8 +213,9 @@ class Search:
         nodes = self._window(plan, anchors)
         described, feeding = facts.structure(nodes)
         places = {node: i for i, node in enumerate(nodes)}
-        taken = tuple(i for i, node in enumerate(nodes) if node in covered)
-        key = (repr(plan.variant), mode, tuple(places[anchor] for anchor in anchors), taken, described)
+        taken = tuple(node in covered for node in nodes)
+        users = tuple(len(node.users) for node in nodes)
+        key = (repr(plan.variant), mode, tuple(places[anchor] for anchor in anchors), taken, users, described)
         window = (*nodes, *feeding)
         if key not in self._known:
             before = self._before(plan, mode, anchors, covered)

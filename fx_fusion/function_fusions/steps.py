@@ -289,13 +289,21 @@ def is_positive(value: Any, plus: float = 0.0) -> bool:
     if value.kind is Kind.LITERAL:
         fill = value.args[1] if value.target is aten.full.default else None
         return isinstance(fill, (int, float)) and fill + plus > 0
-    if value.kind in (Kind.MOVEMENT, Kind.CAST) or value.target in _KEEPS_SIGN:
+    if value.kind is Kind.MOVEMENT or value.target in _KEEPS_SIGN or _widens(value):
         return bool(value.parents) and all(map(is_positive, value.parents))
     if value.target in _SUMS and not value.kwargs:
         return all(is_positive(each) or _is_zero(each) for each in value.args[:2])
     if value.target in _FACTORS or value.target is aten.where.self:
         return all(is_positive(each) for each in value.args[-2:])
     return value.kind is Kind.ROOT and is_positive(value.args[0])
+
+
+def _widens(step: Step) -> bool:
+    """Is it a cast that keeps every value?"""
+    if step.kind is not Kind.CAST or not step.value.dtype.is_floating_point:
+        return False
+    source = step.parents[0].value.dtype
+    return source.is_floating_point and opset.holds(step.value.dtype, source)
 
 
 _POWERS = frozenset({aten.pow.Tensor_Scalar, aten.square.default})
@@ -338,7 +346,7 @@ def factors(value: Any) -> list[Step]:
         top = stack.pop()
         if not isinstance(top, Step) or top.kind in (Kind.LITERAL, Kind.SIZE) or is_positive(top):
             continue
-        if top.kind is Kind.CAST or (top.kind is Kind.MOVEMENT and len(top.parents) == 1):
+        if _widens(top) or (top.kind is Kind.MOVEMENT and len(top.parents) == 1):
             stack.append(top.parents[0])
         elif top.kind is Kind.ROOT or top.target in _POWERS:
             stack.append(top.args[0])
