@@ -68,6 +68,7 @@ CODES: dict[str, str] = {
     "region.not_convex": "A result of the call would feed one of its own operands.",
     "region.evaluation": "The region could not be evaluated on the CPU.",
     "region.too_large": "The region is too large to evaluate within the memory bound.",
+    "region.strides": "What takes a result may see its strides, and the replacement's cannot be made the same.",
     "region.sizes": "A size that must be a number is a symbol, or depends on data.",
     "proof.not_analytic": "A step on the data path is not analytic, so samples cannot prove what it computes.",
     "proof.sampled": "A step has no meaning in a finite field: samples agree, and fx_fusion.trust asks for a proof.",
@@ -75,6 +76,7 @@ CODES: dict[str, str] = {
     "proof.rounding": "A step rounds more coarsely (or computes more finely) than the fused kernel does.",
     "proof.mismatch": "The region and the fused operation differ.",
     "contract.kernel": "No kernel can serve this call.",
+    "fusion.absent": "A rare step of a user's pattern occurs nowhere in the graph.",
     "fusion.no_match": "Nothing in the graph computes a user's pattern; the report tells what comes nearest.",
     "fusion.replacement_differs": "The replacement of a user's pattern computes something else than the pattern.",
     "fusion.replacement_fails": "The replacement of a user's pattern raises where the pattern runs.",
@@ -92,7 +94,7 @@ CODES: dict[str, str] = {
 }
 
 #: Codes of a graph as a whole, in which nothing was looked for, or in which there is nothing to fuse.
-IDLE = frozenset({"graph.training", "graph.disabled", "store.missing", "report.missing"})
+IDLE = frozenset({"graph.training", "graph.disabled", "store.missing", "fusion.absent", "report.missing"})
 
 #: Codes that tell no more than that an operation is opaque: left out where it is told why that one is.
 OPAQUE = frozenset({"store.unknown_writer"})

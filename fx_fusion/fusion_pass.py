@@ -17,7 +17,7 @@ from torch.fx import Graph, Node
 
 from fx_fusion import config as configuration
 from fx_fusion.config import Config
-from fx_fusion.decline import OPAQUE, Decline, first_source_line, module_path, reaching
+from fx_fusion.decline import IDLE, OPAQUE, Decline, first_source_line, module_path, reaching
 from fx_fusion.fingerprint import Unreadable, fingerprint
 from fx_fusion.fusion import REGISTRY, AnyFusion, Candidate
 from fx_fusion.graph import tidy, transaction
@@ -147,7 +147,7 @@ def apply(graph: Graph, config: Config, *, training: bool = False, observer: Obs
             stand_ins.settle(fused_calls(graph))
     total = time.perf_counter() - started
     seconds = {"total": total, "rewriting": done.rewriting, "reading": total - done.rewriting}
-    report = FusionReport(tuple(done.layers or done.absent), stores, nodes, config.kernel, seconds)
+    report = FusionReport(tuple(done.told), stores, nodes, config.kernel, seconds)
     observer.ends(graph, report)
     _announce(report)
     return report
@@ -160,6 +160,12 @@ class _Applied:
     layers: list[LayerReport] = field(default_factory=list[LayerReport])
     absent: list[LayerReport] = field(default_factory=list[LayerReport])
     rewriting: float = 0.0
+
+    @property
+    def told(self) -> list[LayerReport]:
+        """For the report: that nothing was found is told where no fusion says more than that there is nothing."""
+        says_more = any(layer.code not in IDLE for layer in self.layers)
+        return self.layers if says_more else [*self.absent, *self.layers]
 
 
 def cpu_by_default() -> contextlib.AbstractContextManager[Any]:

@@ -73,7 +73,7 @@ def steps(folder: Path) -> list[Step]:
         pytest("Capture and replay", "tests/test_capture.py", "tests/test_gpu_capture.py"),
         pytest("Every kind of store, through Inductor", "tests/test_gpu_stores.py", "tests/test_gpu_opaque_stores.py"),
         pytest("Transformers models, through Inductor", "tests/test_gpu.py"),
-        pytest("The other fusions", "tests/own/test_shipped.py"),
+        pytest("The other fusions", "tests/function_fusions/test_shipped.py"),
         Step("The serving example", (python, "examples/qwen3_vl_serving.py")),
         Step("Triton and aiter, side by side", tune),
         benchmark("Kernel benchmark", "kernel.py", *output, shows="kernel.md"),

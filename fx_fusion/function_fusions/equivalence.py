@@ -1,17 +1,22 @@
 """Do a region of a graph and a user's pattern compute the same function?
 
-Samples prove identity between analytic functions only (see ``proof/samples.py``). A pattern of a user may hold steps
-that are not analytic, or that nobody outside can look into: a clamp, a maximum, a store, a custom operation. Such a
-step is *free*: all that is assumed of it is that equal arguments give equal results. So each free step of the region
-must be the same operation, with the same literals, on equal arguments, as one of the pattern; what it gives is then a
-fresh random value on both sides, and between free steps everything is analytic. A step that occurs in the region alone,
-such as a clamp that random data never reaches, has no counterpart, and the region is declined.
+Samples prove identity between analytic functions only. A pattern may hold steps that are not analytic, or that nobody
+outside can look into: a clamp, a maximum, a store, a custom operation. Such a step is *free*: all that is assumed of it
+is that equal arguments give equal results. What a free step gives is a fresh random value, the same on both sides where
+the operation is the same and its arguments are equal. So a clamp that random data never reaches does not slip through,
+on neither side; and a step that one side has alone does no harm where the result does not depend on it, as on the
+maximum that a softmax subtracts.
+
+Between free steps, four rules make agreement on samples agreement everywhere: the arguments of roots are those of the
+other side's roots up to one constant factor (``sqrt(x * x)`` can spell a clamp); so is whatever is divided by, factor
+by factor, unless it is positive as a sum of exponentials is (``s / s`` and ``s / (s + 1e-30)`` are 1 almost
+everywhere); a logarithm is of something positive in this sense, or a free step; and nothing turns so steeply that no
+sample lies where it does.
 """
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,264 +24,266 @@ import torch
 from torch.fx import Node
 
 from fx_fusion.decline import Decline
-from fx_fusion.graph import operations
+from fx_fusion.function_fusions.domain import TOLERANCE, Domain, Values
+from fx_fusion.function_fusions.equivalences import COMMUTES
+from fx_fusion.function_fusions.misses import Miss
+from fx_fusion.function_fusions.steps import Kind, Step, arguments_of, divisors, factors, is_free, radicand, schedule
 from fx_fusion.graph.sizes import Sizes
-from fx_fusion.graph.torch_compat import FakeTensor, HigherOrderOperator, pytree
-from fx_fusion.proof.evaluate import Arithmetic, evaluate, schedule
-from fx_fusion.proof.region_function import TOLERANCE, relative_difference
-from fx_fusion.proof.samples import check_root
+from fx_fusion.graph.torch_compat import pytree
 
-#: Scales of random input in float64: ordinary, where a small constant rules, where an exponential saturates, where it
-#: overflows, none at all, and far out.
-SCALES = (1.0, 1e-4, 30.0, 1e4, 0.0, 1e15)
-
-Values = Mapping[str, torch.Tensor]
-"""A value for each tensor parameter."""
-
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-
-
-def is_product(node: Node) -> bool:
-    return node.target in operations.PRODUCTS
-
-
-def is_undefined(node: Node) -> bool:
-    return node.target in operations.UNDEFINED
-
-
-def coarsest(nodes: Iterable[Node]) -> torch.dtype:
-    """The narrowest floating dtype of `nodes`: a region may round to it anywhere, as its results do."""
-    found = [v.dtype for node in nodes if isinstance(v := node.meta.get("val"), torch.Tensor) and v.dtype in _FLOATS]
-    return min(found, key=_FLOATS.index, default=torch.float64)
-
-
-def is_free(node: Node, floor: torch.dtype | None) -> bool:
-    """Is `node` a step whose meaning samples cannot prove? Without a `floor`, rounding makes no step free."""
-    if node.op != "call_function" or operations.is_symbolic(node) or operations.is_movement(node) or is_undefined(node):
-        return False
-    if operations.is_cast(node):
-        return _is_lossy(node, floor)
-    if node.target in operations.SMOOTH or is_product(node):
-        return _rounds_below(node, floor)
-    if node.target in operations.ROOTS:
-        try:
-            check_root(node)
-        except Decline:
-            return True
-        return _rounds_below(node, floor)
-    return not (operations.is_analytic(node) or operations.is_literal(node))
-
-
-def _is_lossy(node: Node, floor: torch.dtype | None) -> bool:
-    """A cast that rounds more coarsely than the region's own dtypes, computes in float64, or cuts to an integer."""
-    source, dtype = node.args[0].meta["val"].dtype, node.meta["val"].dtype  # type: ignore[union-attr]
-    if not dtype.is_floating_point:
-        return bool(source.is_floating_point) or torch.promote_types(source, dtype) != dtype
-    return _rounds_below(node, floor)
-
-
-def _rounds_below(node: Node, floor: torch.dtype | None) -> bool:
-    dtype = node.meta["val"].dtype
-    if floor is None:
-        return False
-    if not dtype.is_floating_point or dtype == floor:
-        return False
-    finer = torch.float64 if floor != torch.float64 else None
-    return dtype == finer or torch.promote_types(dtype, floor) != dtype
-
-
-def free_key(node: Node) -> tuple[Any, ...]:
-    """Equal for free steps that may be the same: the operation, and of a higher-order one, what it calls."""
-    if isinstance(node.target, HigherOrderOperator):
-        return (node.target.name(), str(node.args[0]) if node.args else "")
-    return (str(node.target),)
+#: Kinds of steps that may turn from one value to another within a little of their argument, and how far the argument
+#: may move where ordinary input moves by a thousandth.
+_TURNING = frozenset({"exponential", "error function", "trigonometric"})
+_STEEP = 100.0
 
 
 @dataclass
 class Side:
     """A graph between `inputs` and `results`: the region, or the pattern.
 
-    `inputs` tells which parameter a node is; of a region, several nodes that hold the same value may be one. `free` are
-    the free steps, each after those it depends on.
+    Attributes:
+        inputs: which parameters a step is; several where one tensor is given for several.
+        steps: all steps between, each after what it needs.
+        free: those of them that are free.
+        roots: what roots are taken of, unless it is positive as a sum of exponentials is.
+        zeros: what is divided by, factor by factor.
+        numbers: what stands for a number that is written in the graph.
     """
 
-    inputs: Mapping[Node, str]
-    results: Sequence[Node]
+    inputs: Mapping[Step, str]
+    results: Sequence[Step]
     sizes: Sizes
-    free: list[Node] = field(default_factory=list[Node])
-    nodes: list[Node] = field(default_factory=list[Node])
+    steps: list[Step]
+    free: list[Step]
+    roots: list[Step] = field(default_factory=list[Step])
+    zeros: list[Step] = field(default_factory=list[Step])
+    numbers: Mapping[float, float] = field(default_factory=dict[float, float])
+
+    def number(self, value: Any) -> Any:
+        """`value`, or what stands for it."""
+        return self.numbers.get(value, value) if type(value) is float else value
 
     @staticmethod
-    def of(inputs: Mapping[Node, str], results: Sequence[Node], sizes: Sizes, floor: torch.dtype) -> Side:
-        nodes = schedule(results, inputs)
-        return Side(inputs, results, sizes, [node for node in nodes if is_free(node, floor)], nodes)
+    def of(inputs: Mapping[Step, str], results: Sequence[Step], sizes: Sizes, floor: torch.dtype) -> Side:
+        """
+        Raises:
+            Decline: ``proof.not_analytic`` for a step that is no function of values.
+        """
+        steps = schedule(results, inputs)
+        for step in steps:
+            if step.kind in (Kind.BY_STRIDES, Kind.RANDOM):
+                what = "reads memory by strides" if step.kind is Kind.BY_STRIDES else "draws random numbers"
+                raise Miss("proof.not_analytic", f"{{0}} ({step.target}) {what}", [step.node])
+        free = [step for step in steps if is_free(step, floor)]
+        kept = set(free)
+        computed = [step for step in steps if step not in kept and step.kind is not Kind.LITERAL]
+        roots = [radicand(step) for step in computed if step.kind is Kind.ROOT and factors(step.args[0])]
+        zeros = [factor for step in computed for factor in divisors(step)]
+        return Side(inputs, results, sizes, steps, free, list(dict.fromkeys(roots)), list(dict.fromkeys(zeros)))
 
 
 class Comparison:
-    """One region beside one pattern. Which free step of the region is which of the pattern is settled at the first
-    sample, and must hold at all others.
+    """One region beside one pattern. What of the region is what of the pattern is settled at the first sample, and must
+    hold at all others.
     """
 
     def __init__(self, region: Side, pattern: Side) -> None:
         self.region, self.pattern = region, pattern
-        self._counterpart: dict[Node, Node] = {}
+        self._names = [step.name for step in pattern.free]
+        self._counterparts: dict[Step, Step | None] = {}
+        self._constants: dict[tuple[Step, str], tuple[Step, float]] = {}
+        #: Results of which some sample gave a value on both sides.
+        self.told: set[int] = set()
 
-    def difference(
-        self, values: Values, generator: torch.Generator, arithmetic: Arithmetic = Arithmetic.FLOAT64
-    ) -> tuple[float, str]:
+    def difference(self, values: Values, domain: Domain) -> tuple[float, Node]:
         """The largest relative difference between results, for `values` of the inputs, and which result shows it.
 
-        Elements where the region itself is not finite do not count: there the pattern may be the better one. Infinite
-        if nothing counts.
-
         Raises:
-            Decline: ``proof.not_analytic`` where a free step has no counterpart, ``region.evaluation``.
+            Decline: ``proof.not_analytic`` where the results differ and a free step has no counterpart, or where they
+                do not and a root or a divisor has none; ``region.evaluation``, ``region.too_large``.
         """
-        region = _Run(self.region, values, arithmetic)
-        pattern = _Run(self.pattern, values, arithmetic)
-        for step in self.region.free:
-            theirs = self._counterpart.get(step) or self._find(step, region, pattern)
-            self._counterpart[step] = theirs
-            if theirs not in pattern.known:
-                pattern.set_free(theirs, _fresh(theirs, pattern, generator, arithmetic))
-            region.set_free(step, pattern.known[theirs], pattern.symbols[theirs])
-        worst, where = 0.0, ""
-        for mine, theirs in zip(self.region.results, self.pattern.results, strict=True):
-            found = _distance(mine, theirs, region, pattern, self.region.sizes)
+        region, pattern = _Run(self.region, values, domain), _Run(self.pattern, values, domain)
+        self._run(region, pattern)
+        worst, where = 0.0, self.region.results[0].node
+        for i, (mine, theirs) in enumerate(zip(self.region.results, self.pattern.results, strict=True)):
+            actual, expected = region.known[mine], pattern.known[theirs]
+            if domain.tells(actual, expected):
+                self.told.add(i)
+            found = domain.differ(actual, expected)
             if not found <= worst:
-                worst, where = found, str(mine)
+                worst, where = found, mine.node
+        if not worst < TOLERANCE:
+            self._blame(region)
+            return worst, where
+        self._match(region, pattern, "root", self.region.roots, self.pattern.roots)
+        self._match(pattern, region, "root", self.pattern.roots, self.region.roots)
+        self._match(region, pattern, "zero", self.region.zeros, self.pattern.zeros)
+        self._match(pattern, region, "zero", self.pattern.zeros, self.region.zeros)
         return worst, where
 
-    def _find(self, step: Node, region: _Run, pattern: _Run) -> Node:
-        same = [theirs for theirs in self.pattern.free if free_key(theirs) == free_key(step)]
-        for theirs in same:
-            if pattern.is_ready(theirs) and _same_arguments(step, theirs, region, pattern):
-                return theirs
-        found = f"{step} ({step.target}) is a step that samples cannot prove, and the pattern has no such step"
-        raise Decline("proof.not_analytic", found + (" on equal arguments" if same else ""), [step])
+    def check_steepness(self, values: Values, moved: Values, domain: Domain) -> None:
+        """Between `values` and `moved`, nearby, no exponential, sine or the like may turn: samples would miss where.
+
+        Raises:
+            Decline: ``proof.not_analytic``.
+        """
+        region, pattern = _Run(self.region, values, domain), _Run(self.pattern, values, domain)
+        self._run(region, pattern)
+        for run in (region, pattern):
+            again = _Run(run.side, moved, domain)
+            again.known.update((step, run.known[step]) for step in run.side.free if step in run.known)
+            for step in run.side.steps:
+                again.value(step)
+                if step.rare not in _TURNING or step in run.side.free:
+                    continue
+                argument = next(parent for parent in step.parents)
+                if domain.distance(run.known[argument], again.known[argument]) > _STEEP:
+                    found = f"({step.target}) turns where ordinary input moves by a thousandth: samples cannot prove it"
+                    mine = run is region
+                    node, name = (step.node, "{0}") if mine else (self.region.results[0].node, "a step of the pattern")
+                    raise Miss("proof.not_analytic", f"{name} {found}", [node])
+
+    def _run(self, region: _Run, pattern: _Run) -> None:
+        free = set(self.region.free)
+        for step in self.region.steps:
+            if step in free:
+                self._settle(step, region, pattern)
+            else:
+                region.compute(step)
+        for result in self.pattern.results:
+            pattern.value(result)
+
+    def _settle(self, step: Step, region: _Run, pattern: _Run) -> None:
+        if step not in self._counterparts:
+            self._counterparts[step] = self._find(step, region, pattern)
+        theirs = self._counterparts[step]
+        if theirs is None:
+            region.known[step] = region.fresh(step)
+            return
+        if not _same_arguments(step, theirs, region, pattern):
+            raise self._alone(step, same=True)
+        region.known[step] = pattern.value(theirs)
+
+    def _find(self, step: Step, region: _Run, pattern: _Run) -> Step | None:
+        same = [theirs for theirs, name in zip(self.pattern.free, self._names, strict=True) if name == step.name]
+        for settled in (True, False):
+            for theirs in same:
+                ready = all(pattern.is_ready(parent) for parent in theirs.parents)
+                if ready is settled and _same_arguments(step, theirs, region, pattern):
+                    return theirs
+        return None
+
+    def _blame(self, region: _Run) -> None:
+        """Where results differ, a step without a counterpart tells more than the difference."""
+        alone = [step for step in self.region.free if self._counterparts[step] is None]
+        if alone:
+            names = [step.name for step in self.pattern.free]
+            raise self._alone(alone[0], same=alone[0].name in names)
+
+    def _alone(self, step: Step, same: bool) -> Decline:
+        target = step.node.target if isinstance(step.target, str) else step.target
+        found = f"{{0}} ({target}) is a step that samples cannot prove, and the pattern has no such step"
+        return Miss("proof.not_analytic", found + (" on equal arguments" if same else ""), [step.node])
+
+    def _match(self, mine: _Run, other: _Run, what: str, steps: Sequence[Step], theirs: Sequence[Step]) -> None:
+        """Each of `steps` is one constant times one of `theirs`, always the same where a sample tells."""
+        for step in steps:
+            key = (step, what)
+            if key in self._constants:
+                known, constant = self._constants[key]
+                ratio = mine.domain.ratio(mine.known[step], other.known[known])
+                if ratio is not None and abs(ratio - constant) > 1e-6 * abs(constant):
+                    raise self._unlike(step, what, mine)
+                continue
+            for each in theirs:
+                ratio = mine.domain.ratio(mine.known[step], other.known[each])
+                if ratio is not None and (what == "zero" or ratio > 0):
+                    self._constants[key] = (each, ratio)
+                    break
+            else:
+                raise self._unlike(step, what, mine)
+
+    def _unlike(self, step: Step, what: str, mine: _Run) -> Decline:
+        does = "takes a root of" if what == "root" else "divides by"
+        if mine.side is self.region:
+            found = f"the region {does} {{0}}, the pattern {does} nothing that is a constant times it"
+            return Miss("proof.not_analytic", found, [step.node])
+        found = f"the pattern {does} {step.node.target}, and {{0}} does not"
+        return Miss("proof.not_analytic", found, [self.region.results[0].node])
 
 
 class _Run:
-    """Values of one side for one sample, computed as they are asked for."""
+    """Values of one side for one sample."""
 
-    def __init__(self, side: Side, values: Values, arithmetic: Arithmetic) -> None:
-        self.side, self.arithmetic = side, arithmetic
-        self.known: dict[Node, Any] = {node: values[name] for node, name in side.inputs.items()}
-        #: What a value is called on both sides: two values of one name are equal, and need not be computed.
-        self.symbols: dict[Node, Any] = {node: ("input", name) for node, name in side.inputs.items()}
+    def __init__(self, side: Side, values: Values, domain: Domain) -> None:
+        self.side, self.domain = side, domain
+        self.known: dict[Step, Any] = {step: values[name] for step, name in side.inputs.items()}
         self._free = set(side.free)
 
-    def set_free(self, node: Node, value: Any, symbol: Any = None) -> None:
-        self.known[node] = value
-        self.symbols[node] = symbol or ("free", self.side.free.index(node))
+    def fresh(self, step: Step) -> Any:
+        return self.domain.fresh(step.value, self.side.sizes)
 
-    def is_ready(self, node: Node) -> bool:
-        return all(each in self.known or each not in self._free for each in schedule(node.all_input_nodes, self.known))
+    def compute(self, step: Step) -> None:
+        self.known[step] = self.domain.run(step, self.known.__getitem__, self.side.sizes, self.side.number)
 
-    def symbol(self, node: Node) -> Any:
-        if node in self.symbols:
-            return self.symbols[node]
-        if node.target is operator.getitem:
-            inner = self.symbol(node.args[0])  # type: ignore[arg-type]
-            return inner and (inner, node.args[1])
-        return None
+    def is_ready(self, step: Step) -> bool:
+        """Are all free steps that it depends on settled?"""
+        return not any(each in self._free for each in schedule([step], self.known))
 
-    def value(self, node: Node) -> Any:
-        if node in self.known:
-            return self.known[node]
-        needed = _reached(node, self.known)
-        known = {each: self.known[each] for each in needed}
-        return evaluate([node], known, self.side.sizes, self.arithmetic)[0]
+    def value(self, step: Step) -> Any:
+        """Free steps that are not settled yet are given a value of their own."""
+        for each in schedule([step], self.known):
+            if each in self._free:
+                self.known[each] = self.fresh(each)
+            else:
+                self.compute(each)
+        return self.known[step]
 
 
-def _reached(node: Node, known: Mapping[Node, Any]) -> list[Node]:
-    found: dict[Node, None] = {}
-    stack, seen = [node], {node}
-    while stack:
-        for parent in stack.pop().all_input_nodes:
-            if parent in known:
-                found[parent] = None
-            elif parent not in seen:
-                seen.add(parent)
-                stack.append(parent)
-    return list(found)
-
-
-def _distance(mine: Node, theirs: Node, region: _Run, pattern: _Run, sizes: Sizes) -> float:
-    symbol = region.symbol(mine)
-    if symbol is not None and symbol == pattern.symbol(theirs):
-        return 0.0
-    if sizes.shape(mine.meta["val"]) != tuple(theirs.meta["val"].shape):
-        return float("inf")
-    actual, expected = region.value(mine), pattern.value(theirs)
-    if not actual.is_floating_point():
-        return 0.0 if torch.equal(actual, expected) else float("inf")
-    finite = actual.isfinite()
-    if actual.numel() and not finite.any():
-        return float("inf")
-    return relative_difference(torch.where(finite, actual.double(), 0), torch.where(finite, expected.double(), 0))
-
-
-def _same_arguments(mine: Node, theirs: Node, region: _Run, pattern: _Run) -> bool:
-    ours, spec = pytree.tree_flatten((list(mine.args), dict(mine.kwargs)))
-    other, other_spec = pytree.tree_flatten((list(theirs.args), dict(theirs.kwargs)))
-    if spec != other_spec:
-        return False
-    return all(_same_argument(a, b, region, pattern) for a, b in zip(ours, other, strict=True))
-
-
-def _same_argument(a: Any, b: Any, region: _Run, pattern: _Run) -> bool:
-    sizes = region.side.sizes
-    a = sizes.concrete(a) if isinstance(a, torch.SymInt) else a
-    if isinstance(a, Node) and operations.is_symbolic(a):
-        a = sizes.value(a)
-    if isinstance(b, Node) and operations.is_symbolic(b):
-        b = b.meta["val"]
-    if not isinstance(a, Node) or not isinstance(b, Node):
-        if isinstance(a, torch.device):
-            return isinstance(b, torch.device)
-        return (isinstance(a, bool) is isinstance(b, bool)) and a == b
-    x, y = a.meta.get("val"), b.meta.get("val")
-    symbol = region.symbol(a)
-    if symbol is not None and symbol == pattern.symbol(b):
+def _same_arguments(mine: Step, theirs: Step, region: _Run, pattern: _Run) -> bool:
+    ours, others = arguments_of(mine), arguments_of(theirs)
+    if mine.target in COMMUTES and _same_trees(mine.args, theirs.args[::-1], region, pattern):
         return True
-    if not isinstance(x, torch.Tensor) or not isinstance(y, torch.Tensor):
+    return _same_trees(ours, others, region, pattern)
+
+
+def _same_trees(ours: Any, others: Any, region: _Run, pattern: _Run) -> bool:
+    a, spec = pytree.tree_flatten(ours)
+    b, other_spec = pytree.tree_flatten(others)
+    return spec == other_spec and all(_same(x, y, region, pattern) for x, y in zip(a, b, strict=True))
+
+
+def _same(a: Any, b: Any, region: _Run, pattern: _Run) -> bool:
+    a, b = _size(a, region.side), _size(b, pattern.side)
+    if isinstance(a, torch.device) or isinstance(b, torch.device):
+        return type(a) is type(b)
+    if not isinstance(a, Step) or not isinstance(b, Step):
+        same_type = isinstance(a, bool) is isinstance(b, bool) and isinstance(a, Step) is isinstance(b, Step)
+        return same_type and bool(a == b)
+    if not _same_layout(a.value, b.value, region.side.sizes, pattern.side.sizes):
         return False
-    if x.dtype != y.dtype or sizes.shape(x) != tuple(y.shape):
-        return False
-    if is_undefined(a) and is_undefined(b):
+    if a.kind is Kind.UNDEFINED and b.kind is Kind.UNDEFINED:
         return True
-    return _distance(a, b, region, pattern, sizes) < TOLERANCE
+    return _near(region.known[a], pattern.value(b), region.domain)
 
 
-def _fresh(node: Node, run: _Run, generator: torch.Generator, arithmetic: Arithmetic) -> Any:
-    """A random value of the shape of the free step `node`.
-
-    Integers may index something: theirs are the operation's own results on this sample, shuffled.
-    """
-    value = node.meta["val"]
-    tensors = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
-    if all(leaf.is_floating_point() or leaf.dtype == torch.bool for leaf in tensors):
-        return pytree.tree_map(lambda leaf: random_like(leaf, generator, arithmetic), value)
-    try:
-        computed = evaluate([node], {n: run.known[n] for n in _reached(node, run.known)}, run.side.sizes, arithmetic)[0]
-    except Decline:
-        return pytree.tree_map(lambda leaf: random_like(leaf, generator, arithmetic), value)
-    return pytree.tree_map(lambda leaf: _shuffled(leaf, generator, arithmetic), computed)
+def _near(a: Any, b: Any, domain: Domain) -> bool:
+    ours, others = pytree.tree_leaves(a), pytree.tree_leaves(b)
+    return len(ours) == len(others) and all(domain.differ(x, y) < TOLERANCE for x, y in zip(ours, others, strict=True))
 
 
-def random_like(leaf: Any, generator: torch.Generator, arithmetic: Arithmetic = Arithmetic.FLOAT64) -> Any:
-    """Random values of this shape: floats of both signs, small integers, both truth values; float64 if so asked."""
-    if not isinstance(leaf, (torch.Tensor, FakeTensor)):
-        return leaf
-    shape = [int(size) for size in leaf.shape]
-    if leaf.is_floating_point():
-        value = torch.randn(shape, generator=generator, dtype=torch.float64)
-        return value if arithmetic is Arithmetic.FLOAT64 else value.to(leaf.dtype)
-    return torch.randint(0, 2, shape, generator=generator).to(leaf.dtype)
+def _same_layout(a: Any, b: Any, sizes: Sizes, other: Sizes) -> bool:
+    ours, others = pytree.tree_leaves(a), pytree.tree_leaves(b)
+    if len(ours) != len(others):
+        return False
+    pairs = [(x, y) for x, y in zip(ours, others, strict=True) if isinstance(x, torch.Tensor)]
+    return all(
+        isinstance(y, torch.Tensor) and x.dtype == y.dtype and sizes.shape(x) == other.shape(y) for x, y in pairs
+    )
 
 
-def _shuffled(leaf: Any, generator: torch.Generator, arithmetic: Arithmetic) -> Any:
-    if not isinstance(leaf, torch.Tensor) or leaf.is_floating_point() or leaf.dtype == torch.bool:
-        return random_like(leaf, generator, arithmetic)
-    return leaf.reshape(-1)[torch.randperm(leaf.numel(), generator=generator)].reshape(leaf.shape)
+def _size(value: Any, side: Side) -> Any:
+    """A number in the place of what holds one."""
+    if isinstance(value, torch.SymInt):
+        return side.sizes.concrete(value)
+    return side.sizes.value(value.node) if isinstance(value, Step) and value.kind is Kind.SIZE else side.number(value)

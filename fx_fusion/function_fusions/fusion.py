@@ -18,35 +18,39 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, Node
-from torch.fx.node import map_aggregate
 
 from fx_fusion.decline import Decline
-from fx_fusion.function_fusions.equivalence import SCALES, Comparison, coarsest
+from fx_fusion.function_fusions.agreement import same
+from fx_fusion.function_fusions.insertion import Traces, corresponding, insert
+from fx_fusion.function_fusions.layout import check_layout
+from fx_fusion.function_fusions.misses import misses, relocated
+from fx_fusion.function_fusions.numbers import literals_of
+from fx_fusion.function_fusions.operations_named import is_missing, missing_operations
+from fx_fusion.function_fusions.order import in_order
 from fx_fusion.function_fusions.parameters import check_replacement
 from fx_fusion.function_fusions.pattern import Pattern
-from fx_fusion.function_fusions.replacement import compare_replacement
-from fx_fusion.function_fusions.samples import Sampler
-from fx_fusion.function_fusions.search import Place, Search, Tracer, compare
+from fx_fusion.function_fusions.place import Place
+from fx_fusion.function_fusions.proof import prove
+from fx_fusion.function_fusions.reference import Reference
+from fx_fusion.function_fusions.replacement import ReplacementFails, compare_replacement
+from fx_fusion.function_fusions.search import Search
+from fx_fusion.function_fusions.symbols import all_sizes, check_sizes
+from fx_fusion.function_fusions.tracer import Tracer
 from fx_fusion.fusion import Assessment, Fusion
 from fx_fusion.graph import operations
 from fx_fusion.graph.analysis import GraphAnalysis
-from fx_fusion.graph.edit import Emitter
-from fx_fusion.graph.operations import aten, value_of
-from fx_fusion.graph.paths import Branch, branch_key, is_moved_from, strip_aliases
+from fx_fusion.graph.operations import aten
+from fx_fusion.graph.paths import is_moved_from, strip_aliases
 from fx_fusion.graph.sizes import Sizes
-from fx_fusion.graph.tracing import Functional, NotTraceable, trace
+from fx_fusion.graph.tracing import Functional, NotTraceable, fakes_like, trace
 from fx_fusion.kernels.target import Target
-from fx_fusion.placement import check_convex, check_devices
-from fx_fusion.proof.evaluate import Arithmetic, schedule
-from fx_fusion.proof.floats import NATIVE_TOLERANCE
-from fx_fusion.proof.region_function import TOLERANCE
+from fx_fusion.placement import check_convex, check_devices, check_draws
 
 log = logging.getLogger(__name__)
 
-#: Key in ``meta`` of a node that a rewrite replaced: by which node.
-_REPLACED = "fx_fusion_replaced_by"
-
 PLATFORMS = ("cpu", "cuda", "hip")
+
+_CPU = torch.device("cpu")
 
 Check = Callable[["Found"], "bool | str | None"]
 
@@ -69,10 +73,17 @@ class Found:
 
 @dataclass(frozen=True)
 class Match:
+    """
+    Attributes:
+        error: the largest difference to the pattern, in float64.
+        verified: the largest difference between the replacement and the graph, in the dtypes of the graph.
+        traces: replacements traced on tensors like these.
+    """
+
     place: Place
-    nodes: tuple[Node, ...]
     error: float
     verified: float
+    traces: Traces
 
 
 class FunctionFusion(Fusion[Place, Match]):
@@ -103,6 +114,9 @@ class FunctionFusion(Fusion[Place, Match]):
         if len({pattern.parameters for pattern in self._patterns}) > 1:
             raise TypeError("register_fusion: the patterns must have the same parameters")
         check_replacement(self._patterns[0].parameters, replacement, "replacement")
+        missing = missing_operations(replacement)
+        if missing:
+            raise ValueError(f"register_fusion: {self.name}: the replacement calls {missing[0]}, which does not exist")
         for each in self._patterns:
             self._try_on_example(each)
 
@@ -114,83 +128,63 @@ class FunctionFusion(Fusion[Place, Match]):
         for variant in pattern.variants:
             example = pattern.example(variant)
             others = {**variant, **example.numbers}
+            reference, literals = Reference.of_pattern(example.traced), literals_of(example.traced.nodes)
             try:
-                compare_replacement(pattern.fn, self.replacement, example.tensors, others, torch.device("cpu"))
+                compare_replacement(reference, self.replacement, example.tensors, others, _CPU, literals)
             except Decline as decline:
-                if decline.code == "fusion.replacement_differs":
+                wrong = decline.code == "fusion.replacement_differs"
+                if wrong or (isinstance(decline, ReplacementFails) and is_missing(decline.error)):
                     raise ValueError(f"register_fusion: {self.name}: {decline.found}") from None
-                log.info("fx_fusion: %s is compared with its pattern at its first match: %s", self.name, decline.found)
+                log.info("fx_fusion: %s is compared with the graph at its first match: %s", self.name, decline.found)
 
     def find(self, analysis: GraphAnalysis) -> tuple[list[Place], list[Decline]]:
         tracer, covered = Tracer(), set[Node]()
-        places: list[Place] = []
-        nearest: list[tuple[Node, Decline]] = []
-        for pattern in self._patterns:
-            search = Search(analysis, pattern, tracer)
-            places.extend(search.places(covered))
-            nearest.extend(search.nearest)
+        searches = [Search(analysis, pattern, tracer) for pattern in self._patterns]
+        places = [place for search in searches for place in search.places(covered)]
         places.sort(key=lambda place: analysis.order[place.anchor])
-        return places, self._misses(places, nearest, covered)
-
-    def _misses(
-        self, places: Sequence[Place], nearest: Sequence[tuple[Node, Decline]], covered: set[Node]
-    ) -> list[Decline]:
-        """What came near and is no match: of each place the furthest attempt, where something was compared at all."""
-        by_anchor: dict[Node, Decline] = {}
-        for anchor, decline in nearest:
-            known = by_anchor.get(anchor)
-            if anchor not in covered and (known is None or decline.stage > known.stage):
-                by_anchor[anchor] = decline
-        compared = [decline for decline in by_anchor.values() if decline.code != "fusion.no_match"]
-        if places or compared or not by_anchor:
-            return compared
-        furthest = next(iter(by_anchor.values()))
-        found = (
-            f"{len(by_anchor)} places of the graph could be {self.name}, and none is; at the first, {furthest.found}"
-        )
-        return [Decline("fusion.no_match", found, furthest.nodes)]
+        kept, circular = in_order(analysis, places)
+        return kept, [*circular, *misses(self.name, searches, covered, found=bool(places))]
 
     def read(self, analysis: GraphAnalysis, candidate: Place, memo: dict[object, Any]) -> Match:
-        inputs = Search(analysis, candidate.pattern, Tracer()).inputs(candidate.tensors)
-        nodes = schedule(candidate.results, inputs)
-        leaves = list(candidate.tensors.values())
-        keys = [branch_key(Branch(leaves[0], leaves[0], node, (), ()), leaves[1:]) for node in candidate.results]
-        key = (self.name, id(candidate.pattern), repr(candidate.others), tuple(candidate.tensors), tuple(keys))
+        traces: Traces = memo.setdefault((self.name, "traces"), Traces())
+        key = (self.name, candidate.key(analysis))
         if key not in memo:
             try:
-                memo[key] = (self._prove(analysis, candidate, inputs, nodes), self._verify(analysis, candidate))
+                memo[key] = (candidate, self._prove(analysis, candidate), self._verify(analysis, candidate))
             except Decline as decline:
-                memo[key] = decline
-        if isinstance(memo[key], Decline):
-            raise Decline(memo[key].code, memo[key].found, candidate.results)
-        error, verified = memo[key]
+                memo[key] = (candidate, decline, 0.0)
+        first, error, verified = memo[key]
+        if isinstance(error, Decline):
+            raise relocated(error, dict(zip(first.nodes, candidate.nodes, strict=True)))
         self._ask(candidate)
-        return Match(candidate, tuple(nodes), error, verified)
+        return Match(candidate, error, verified, traces)
 
-    def _prove(self, analysis: GraphAnalysis, place: Place, inputs: Mapping[Node, str], nodes: Sequence[Node]) -> float:
+    def _prove(self, analysis: GraphAnalysis, place: Place) -> float:
+        check_sizes(place.nodes)
         worst = 0.0
-        for sizes in analysis.sizes:
-            pattern = self._traced(place, sizes)
-            comparison = compare(inputs, place.results, pattern, pattern.results, sizes, nodes)
-            worst = max(worst, prove(comparison, Sampler(pattern, seed=4), coarsest([*inputs, *place.results])))
+        for sizes in all_sizes(analysis, place.nodes):
+            worst = max(worst, prove(analysis, place, self._traced(place, sizes), sizes))
         return worst
 
     def _traced(self, place: Place, sizes: Sizes) -> Functional:
         values = {name: node.meta["val"] for name, node in place.tensors.items()}
         shapes = {name: (sizes.shape(value), value.dtype) for name, value in values.items()}
         try:
-            return Tracer().trace(place.pattern, shapes, place.others)
+            return trace(place.pattern.fn, fakes_like(shapes), place.others)
         except NotTraceable as error:
             raise Decline("fusion.no_match", f"the pattern does not take these tensors: {error}") from error
 
     def _verify(self, analysis: GraphAnalysis, place: Place) -> float:
-        """The replacement beside the pattern, at the sizes, dtypes and strides of the match, where it would run."""
+        """The replacement beside the region, at the sizes, dtypes and strides of the match, where it would run."""
         worst = 0.0
-        for sizes in analysis.sizes:
-            values = {name: node.meta["val"] for name, node in place.tensors.items()}
-            shapes = {name: _meta_like(value, sizes) for name, value in values.items()}
-            device = next(iter(values.values())).device
-            found = compare_replacement(place.pattern.fn, self.replacement, shapes, place.others, device)
+        values = {name: node.meta["val"] for name, node in place.tensors.items()}
+        device, literals = next(iter(values.values())).device, literals_of(place.nodes)
+        for sizes in all_sizes(analysis, place.nodes):
+            likes = {name: _meta_like(value, sizes) for name, value in values.items()}
+            reference = Reference.of_place(analysis, place, sizes)
+            found = compare_replacement(
+                reference, self.replacement, likes, place.others, device, literals, same(place.tensors)
+            )
             worst = max(worst, found)
         return worst
 
@@ -226,105 +220,43 @@ class FunctionFusion(Fusion[Place, Match]):
         operands = list(place.tensors.values())
         check_devices(operands)
         check_convex(analysis, operands, place.results)
+        check_draws(analysis, operands, place.results)
         _check_escapes(analysis, match)
-        traced = self._traced(place, analysis.sizes[0])
-        for name in traced.mutated:
-            _check_overwritten(analysis, place, place.tensors[name], match.nodes)
+        mutated = place.pattern.example(place.variant).traced.mutated
+        for name in mutated:
+            _check_changed_once(place, name)
+            _check_overwritten(analysis, place, place.tensors[name], place.nodes)
+        traced = match.traces.of(place, self.replacement)
+        for old, new in corresponding(place, traced):
+            check_layout(analysis, old, new.meta["val"])
 
     def rewrite(self, graph: Graph, match: Match, kernel: str) -> None:
-        insert(graph, match.place, self.replacement)
+        self.insert(graph, match, self.replacement)
 
-
-def prove(comparison: Comparison, sampler: Sampler, dtype: torch.dtype) -> float:
-    """The largest relative difference in float64 between region and pattern, over all scales of input.
-
-    Raises:
-        Decline: ``proof.mismatch`` with the difference and the scale, ``proof.not_analytic``.
-    """
-    scales = [scale for scale in SCALES if scale <= 100 or not _turns(comparison)]
-    worst = 0.0
-    mixed = tuple(scale for scale in scales if 0 < scale < 1e10)
-    for scale in [*scales, None, None, None, None]:
-        values = sampler.values(scale, mixed=mixed if scale is None else ())
-        difference, where = comparison.difference(values, sampler.generator)
-        ordinary = scale is not None and scale <= 1
-        if difference < TOLERANCE or (difference == float("inf") and not ordinary):
-            worst = max(worst, difference if difference < TOLERANCE else 0.0)
-            continue
-        spread = f"of scale {scale:g}" if scale is not None else "of mixed scales"
-        raise Decline(
-            "proof.mismatch", f"in float64 {where} and the pattern differ by {difference:.1e} on input {spread}"
-        )
-    values = sampler.values(1.0, Arithmetic.NATIVE)
-    difference, where = comparison.difference(values, sampler.generator, Arithmetic.NATIVE)
-    rounds = 1 + len(comparison.region.nodes) // 8
-    if not difference < rounds * NATIVE_TOLERANCE[dtype]:
-        raise Decline("proof.mismatch", f"in {dtype} {where} and the pattern differ by {difference:.1e}")
-    return worst
-
-
-def _turns(comparison: Comparison) -> bool:
-    """Is there a sine or cosine? Of large numbers it is noise."""
-    return any(
-        operations.row(node).rare == "trigonometric"
-        for side in (comparison.region, comparison.pattern)
-        for node in side.nodes
-    )
-
-
-def insert(graph: Graph, place: Place, replacement: Callable[..., Any]) -> None:
-    """Call `replacement` in the place of the region. The graph is left unsorted: see ``tidy.finish``."""
-    tensors = {name: _current(node) for name, node in place.tensors.items()}
-    traced = trace(replacement, {name: node.meta["val"] for name, node in tensors.items()}, place.others)
-    last = place.results[-1]
-    with graph.inserting_before(last):
-        emit = Emitter(graph, place.anchor)
-        copied: dict[Node, Any] = {traced.inputs[name]: node for name, node in tensors.items()}
-        for node in traced.nodes:
-            copied[node] = _copy(emit, node, copied)
-    for old, new in _corresponding(place, traced):
-        node = copied[new]
-        old.replace_all_uses_with(node)
-        old.meta[_REPLACED] = node
-
-
-def _corresponding(place: Place, replacement: Functional) -> list[tuple[Node, Node]]:
-    """Each result of the region, and what the replacement gives for it."""
-    pattern = place.pattern.example(place.variant).traced
-    pairs = list(zip(pattern.returned, replacement.returned, strict=True))
-    pairs += [(pattern.mutated[name], replacement.mutated[name]) for name in pattern.mutated]
-    return [(place.results[theirs], replacement.results[ours]) for theirs, ours in pairs]
-
-
-def _copy(emit: Emitter, node: Node, copied: Mapping[Node, Any]) -> Node:
-    args, kwargs = map_aggregate((node.args, node.kwargs), lambda a: copied[a] if isinstance(a, Node) else a)
-    target = aten.reshape.default if node.target in operations.RESHAPE else node.target
-    new = emit.call_with_value(node.meta["val"], target, *args, **kwargs)
-    if operations.is_opaque(node):
-        # A custom operation or a kernel launch gets its tensors with the strides that they have here.
-        new.meta["eager_input_vals"] = map_aggregate((tuple(args), dict(kwargs)), value_of)
-    return new
-
-
-def _current(node: Node) -> Node:
-    while _REPLACED in node.meta:
-        node = node.meta[_REPLACED]
-    return node
+    def insert(self, graph: Graph, match: Match, function: Callable[..., Any]) -> None:
+        """Call `function`, which takes and returns what the replacement does, in the place of the match."""
+        insert(graph, match.place, match.traces.of(match.place, function))
 
 
 def _check_escapes(analysis: GraphAnalysis, match: Match) -> None:
     """A value that only the replaced computation made must not be needed elsewhere."""
-    inside, place = set(match.nodes), match.place
+    inside, place = set(match.place.nodes), match.place
     operands = set(place.tensors.values())
-    for node in match.nodes:
+    for node in place.nodes:
         if node in place.results or operations.is_symbolic(node) or operations.is_literal(node):
             continue
-        if any(is_moved_from(node, operand) for operand in operands):
-            continue
         outside = [user for user in analysis.users(node) if user not in inside]
-        if outside:
+        if outside and not any(is_moved_from(node, operand) for operand in operands):
             found = f"{node} lies inside the region and {outside[0]} uses it too"
             raise Decline("region.escapes", found, [node, outside[0]])
+
+
+def _check_changed_once(place: Place, name: str) -> None:
+    """What is changed is nothing else that the replacement takes."""
+    others = [other for other, node in place.tensors.items() if other != name and node is place.tensors[name]]
+    if others:
+        found = f"{name} is changed, and is the same tensor as {others[0]}"
+        raise Decline("store.old_cache_read", found, [place.tensors[name]])
 
 
 def _check_overwritten(analysis: GraphAnalysis, place: Place, operand: Node, nodes: Sequence[Node]) -> None:

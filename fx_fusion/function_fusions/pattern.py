@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
+from fx_fusion.function_fusions.canonical import Steps
 from fx_fusion.function_fusions.parameters import Kind, Parameter, Variant, asked, read_parameters, variants
+from fx_fusion.function_fusions.steps import Kind as StepKind
 from fx_fusion.graph.torch_compat import disable_current_modes
 from fx_fusion.graph.tracing import Functional, NotTraceable, fakes_like, quiet, trace
 
@@ -147,6 +149,10 @@ def _with(variant: Variant) -> str:
 
 
 def _check(fn: Callable[..., Any], traced: Functional) -> None:
-    random = [n for n in traced.nodes if torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ())]
-    if random:
-        raise ValueError(f"register_fusion: the pattern draws random numbers ({random[0].target})")
+    for step in map(Steps(traced.graph.nodes).__getitem__, traced.nodes):
+        if step.kind is StepKind.RANDOM:
+            raise ValueError(f"register_fusion: the pattern draws random numbers ({step.target})")
+        if step.kind is StepKind.BY_STRIDES:
+            raise ValueError(
+                f"register_fusion: the pattern reads memory by strides ({step.target}), which depend on the graph"
+            )

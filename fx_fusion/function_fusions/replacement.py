@@ -1,186 +1,251 @@
-"""Does a user's replacement do what the pattern does? Both run for real, in the dtypes of the match."""
+"""Does a user's replacement do what it takes the place of? Both run for real, in the dtypes of the match."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from fx_fusion.decline import Decline
-from fx_fusion.function_fusions.samples import distinct, is_index
+from fx_fusion.function_fusions.reference import Reference
+from fx_fusion.function_fusions.trials import Likes, Trial, Trials
 from fx_fusion.graph.torch_compat import pytree
 
 Function = Callable[..., Any]
-Tensors = Mapping[str, torch.Tensor]
 
-#: Input scales: ordinary, where a small constant rules, large, and none at all.
-SCALES = (1.0, 1e-3, 30.0, 0.0)
-
-#: How far a replacement may be off, of the largest value: this many units in the last place of the result's dtype, and
-#: this many times as far as the pattern itself is off from the pattern on float64 input (it may round as often as
-#: that). Where the pattern does not take float64, its own error is not known.
+#: How far a replacement may be off, of the largest value of a row: this many units in the last place of the result's
+#: dtype; and this many times as far as what it replaces is off from itself in float64, and as that moves when its input
+#: does by one unit in the last place of float32 (it may round as often, and elsewhere). Where what it replaces does not
+#: run in float64, none of this is known.
 UNITS, FACTOR, UNITS_ALONE = 2, 4, 8
 
-#: Dimensions longer than this are shortened, the same everywhere, where the tensors together take more than _BYTES.
-_LONG, _BYTES = 1024, 1 << 28
+#: How near to its float64 value, relative to the row, a value is one that did not overflow on the way.
+_NEAR = 0.05
+
+#: Of quantised values this part may be off by one: what is nearly half-way between two of them rounds either way.
+_OFF_BY_ONE = 0.01
+
+#: Bytes before and after each tensor on a GPU that belong to nobody: an index that a kernel takes otherwise than the
+#: graph does reads there, and shows.
+_MARGIN = 1 << 22
 
 
 def compare_replacement(
-    pattern: Function, replacement: Function, shapes: Tensors, others: Mapping[str, Any], device: torch.device
+    reference: Reference,
+    replacement: Function,
+    likes: Likes,
+    others: Mapping[str, Any],
+    device: torch.device,
+    literals: Sequence[float] = (),
+    same: Mapping[str, str] | None = None,
 ) -> float:
-    """The largest difference found, relative to the largest value.
+    """The largest difference found, relative to the largest value of its row.
 
     Args:
-        shapes: tensors (fake ones will do) that give the shape, dtype and strides of each tensor argument.
+        reference: what it must compute, and of whose arguments it changes those that it changes.
+        likes: tensors (of the meta device will do) that give the shape, dtype and strides of each tensor argument.
         others: the other arguments.
+        literals: see :class:`Trials`, likewise `same`.
 
     Raises:
-        Decline: ``fusion.replacement_differs``, ``fusion.replacement_fails``, or ``fusion.unverified`` where the
-            pattern itself cannot run on `device`.
+        Decline: ``fusion.replacement_differs``, ``fusion.replacement_fails``, or ``fusion.unverified`` where what it
+            replaces cannot run on `device`.
     """
-    generator = torch.Generator().manual_seed(3)
-    shapes = _shortened(shapes)
-    bounds = _bounds(pattern, shapes, others)
+    trials = Trials(reference, likes, literals, same or {})
     worst = 0.0
-    for scale in SCALES:
-        values = {name: _value(like, scale, bounds.get(name), generator) for name, like in shapes.items()}
-        worst = max(worst, _compare(pattern, replacement, values, others, device, scale))
+    for trial in trials:
+        worst = max(worst, _compare(reference, replacement, others, device, trial, trials.indexes))
     return worst
 
 
 def _compare(
-    pattern: Function,
+    reference: Reference,
     replacement: Function,
-    values: Tensors,
     others: Mapping[str, Any],
     device: torch.device,
-    scale: float,
+    trial: Trial,
+    indexes: bool,
 ) -> float:
+    def given() -> dict[str, torch.Tensor]:
+        made: dict[int, torch.Tensor] = {}
+        for value in trial.values.values():
+            if id(value) not in made:
+                made[id(value)] = _placed(value, device, indexes)
+        return {name: made[id(value)] for name, value in trial.values.items()}
+
     try:
-        expected = _run(pattern, values, others, device)
+        expected = [value.cpu() for value in reference.run(given(), device)]
+    except Decline:
+        raise
     except Exception as error:
-        raise Decline("fusion.unverified", f"the pattern cannot run on {device}: {_first_line(error)}") from error
+        found = f"{reference.what} cannot run on {device}: {first_line(error)}"
+        raise Decline("fusion.unverified", found) from error
+    here = given()
     try:
-        actual = _run(replacement, values, others, device)
+        with torch.no_grad():
+            returned = replacement(**here, **others)
     except Exception as error:
-        raise Decline("fusion.replacement_fails", f"on {device} the replacement raises {_first_line(error)}") from error
-    exact = _exact(pattern, values, others, device)
-    if len(actual) != len(expected):
-        found = (
-            f"the replacement returns {len(actual) - len(values)} tensors, the pattern {len(expected) - len(values)}"
-        )
+        found = f"on {device}, on {trial.name}, the replacement raises {first_line(error)}"
+        raise ReplacementFails(found, error) from error
+    actual = [leaf.cpu() for leaf in pytree.tree_leaves(returned) if isinstance(leaf, torch.Tensor)]
+    if len(actual) != len(reference.returned):
+        found = f"the replacement returns {len(actual)} tensors, {reference.what} {len(reference.returned)}"
         raise Decline("fusion.replacement_differs", found)
+    exact, moved = _exact(reference, trial.values), _exact(reference, _moved(trial.values))
+    pairs = [(f"result {i}", a, j) for i, (a, j) in enumerate(zip(actual, reference.returned, strict=True))]
+    pairs += [(f"argument {name} afterwards", here[name].cpu(), j) for name, j in reference.mutated.items()]
+    checker = _Checker(reference, trial)
     worst = 0.0
-    for place, (a, e) in enumerate(zip(actual, expected, strict=True)):
-        first = len(expected) - len(values)
-        name = f"result {place}" if place < first else f"argument {list(values)[place - first]} afterwards"
-        worst = max(worst, _distance(name, a, e, exact[place] if exact else None, scale))
+    for name, a, j in pairs:
+        known = (exact[j], moved[j]) if exact and moved else None
+        worst = max(worst, checker.differ(name, a, expected[j], known))
+    for name, value in trial.values.items():
+        if name not in reference.mutated and not _equal(here[name].cpu(), value):
+            raise Decline("fusion.replacement_differs", f"argument {name} afterwards differs: it is to stay as it is")
     return worst
 
 
-def _distance(name: str, a: torch.Tensor, e: torch.Tensor, x: torch.Tensor | None, scale: float) -> float:
-    if (a.shape, a.dtype) != (e.shape, e.dtype):
-        found = f"{name} of the replacement is {a.dtype} {list(a.shape)}, of the pattern {e.dtype} {list(e.shape)}"
-        raise Decline("fusion.replacement_differs", found)
-    if not e.is_floating_point():
-        if torch.equal(a, e):
+class ReplacementFails(Decline):
+    """The replacement raised `error`."""
+
+    def __init__(self, found: str, error: Exception) -> None:
+        super().__init__("fusion.replacement_fails", found)
+        self.error = error
+
+
+class _Checker:
+    """One trial's results beside each other."""
+
+    def __init__(self, reference: Reference, trial: Trial) -> None:
+        self._reference, self._trial = reference, trial
+
+    def differ(
+        self, name: str, a: torch.Tensor, e: torch.Tensor, exact: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> float:
+        """How far `a` is from `e`, relative to the largest of a row; `exact` is what `e` rounds, and the same moved."""
+        what = self._reference.what
+        if (a.shape, a.dtype) != (e.shape, e.dtype):
+            found = f"{name} of the replacement is {a.dtype} {list(a.shape)}, of {what} {e.dtype} {list(e.shape)}"
+            raise Decline("fusion.replacement_differs", found)
+        if not (e.is_floating_point() or e.is_complex()):
+            return self._differ_in_integers(name, a, e)
+        if exact is not None and exact[0].shape != e.shape:
+            exact = None
+        if e.is_complex():
+            a, e = torch.view_as_real(a), torch.view_as_real(e)
+            exact = exact and (torch.view_as_real(exact[0]), torch.view_as_real(exact[1]))
+        return self._differ_in_floats(name, a, e, exact)
+
+    def _differ_in_integers(self, name: str, a: torch.Tensor, e: torch.Tensor) -> float:
+        trial = self._trial
+        if torch.equal(a, e) or (trial.equal and self._reference.orders):
             return 0.0
-        raise Decline("fusion.replacement_differs", f"{name} differs from the pattern's (integers)")
-    unit = torch.finfo(e.dtype).eps
-    a, e = a.double(), e.double()
-    known = x is not None and x.shape == e.shape
-    x = e if x is None or x.shape != e.shape else torch.where(x.isfinite(), x.double(), e)
-    finite = e.isfinite()
-    # Where the pattern overflows the replacement may be the better one, never the reverse.
-    size = float(torch.where(finite, e.abs(), 0.0).max()) if e.numel() else 0.0
-    own = float(torch.where(finite, (e - x).abs(), 0.0).max()) if e.numel() else 0.0
-    error = torch.where(finite, (a - e).abs().nan_to_num(nan=torch.inf), 0.0)
-    largest = float(error.max()) if e.numel() else 0.0
-    allowed = (UNITS if known else UNITS_ALONE) * unit * size + FACTOR * own
-    if largest <= allowed:
-        return largest / size if size else 0.0
-    found = (
-        f"{name} differs by {largest:.1e} where the largest value is {size:.1e}, on input of scale {scale:g}; "
-        f"{allowed:.1e} is allowed for rounding"
-    )
-    raise Decline("fusion.replacement_differs", found)
+        if e.dtype in (torch.int8, torch.uint8) and self._reference.rounds:
+            info, off = torch.iinfo(e.dtype), (a.int() - e.int()).abs()
+            at_end = (e == info.min) | (e == info.max)
+            few = (off > 0).double().mean() <= _OFF_BY_ONE
+            if trial.large or trial.infinite or (few and off.max() <= 1 and not off[at_end].any()):
+                return 0.0
+        found = f"{name} differs from that of {self._reference.what} (integers), on {trial.name}"
+        raise Decline("fusion.replacement_differs", found)
+
+    def _differ_in_floats(
+        self, name: str, a: torch.Tensor, e: torch.Tensor, exact: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> float:
+        unit = torch.finfo(e.dtype).eps
+        least = float(torch.finfo(e.dtype).tiny)  # below this a GPU may take a number for zero
+        a, e = a.double(), e.double()
+        x, moved = (each.double() for each in exact) if exact is not None else (None, None)
+        counts = e.isfinite() & ~self._overflowed(e, x)
+        self._check_not_finite(name, a, e, x, counts)
+        size = _of_rows(e.abs(), counts)
+        allowed = ((UNITS if x is not None else UNITS_ALONE) * unit * size).clamp_min(least)
+        if x is not None and moved is not None:
+            allowed = allowed + FACTOR * (_of_rows((e - x).abs(), counts) + _of_rows((moved - x).abs(), counts))
+        error = _of_rows((a - e).abs().nan_to_num(nan=torch.inf), counts)
+        if not (error > allowed).any():
+            return float((error / size.clamp_min(1e-300)).max()) if error.numel() else 0.0
+        row = int((error - allowed).flatten().argmax())
+        largest, of, limit = (float(each.flatten()[row]) for each in (error, size, allowed))
+        found = (
+            f"{name} differs by {largest:.1e} where the largest value of the row is {of:.1e}, on {self._trial.name}; "
+            f"{limit:.1e} is allowed for rounding"
+        )
+        raise Decline("fusion.replacement_differs", found)
+
+    def _overflowed(self, e: torch.Tensor, x: torch.Tensor | None) -> torch.Tensor:
+        """Rows where large input made what is replaced overflow on the way, though it came back to some number."""
+        if x is None or not self._trial.large:
+            return torch.zeros_like(e, dtype=torch.bool)
+        off = _of_rows((e - x).abs(), e.isfinite() & x.isfinite())
+        return (off > _NEAR * _of_rows(x.abs(), x.isfinite())).expand(e.shape)
+
+    def _check_not_finite(
+        self, name: str, a: torch.Tensor, e: torch.Tensor, x: torch.Tensor | None, counts: torch.Tensor
+    ) -> None:
+        """Where what is replaced has a value the replacement has one. Where it is infinite the replacement is not
+        finite either, unless large input made it so: there the replacement may be the better one, never the reverse.
+        """
+        good = a.isfinite() & e.isfinite() | ~a.isfinite() & ~e.isfinite() | e.isnan()
+        if self._trial.large:
+            good |= ~counts
+        elif x is not None:
+            good |= e.isinf() & x.isfinite() & ((a - x).abs() <= _NEAR * _of_rows(x.abs(), x.isfinite()))
+        if good.all():
+            return
+        i = int((~good).flatten().nonzero()[0])
+        values = float(a.flatten()[i]), float(e.flatten()[i])
+        found = f"{name} is {values[0]} where that of {self._reference.what} is {values[1]}, on {self._trial.name}"
+        raise Decline("fusion.replacement_differs", found)
 
 
-def _run(fn: Function, values: Tensors, others: Mapping[str, Any], device: torch.device) -> list[torch.Tensor]:
-    """What `fn` returns, then every argument as it is afterwards, on the CPU."""
-    here = {name: _copied(value, device) for name, value in values.items()}
-    with torch.no_grad():
-        returned = fn(**here, **others)
-    results = [leaf for leaf in pytree.tree_leaves(returned) if isinstance(leaf, torch.Tensor)]
-    return [leaf.cpu() for leaf in [*results, *here.values()]]
+def _of_rows(x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """The largest of those of each row that count and are finite."""
+    x = torch.where(counts & ~x.isnan(), x, 0.0)
+    return x.amax(-1, keepdim=True) if x.dim() and x.numel() else x
 
 
-def _exact(
-    pattern: Function, values: Tensors, others: Mapping[str, Any], device: torch.device
-) -> list[torch.Tensor] | None:
-    """The pattern on float64 input; None if it does not take that."""
-    wide = {n: value.double() if value.is_floating_point() else value for n, value in values.items()}
+def _moved(values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Every float off by about one unit in the last place of float32 (of float64, where it is that)."""
+    generator = torch.Generator().manual_seed(5)
+    found: dict[str, torch.Tensor] = {}
+    for name, value in values.items():
+        if value.is_floating_point():
+            unit = torch.finfo(torch.float64 if value.dtype == torch.float64 else torch.float32).eps
+            sign = torch.randint(0, 2, value.shape, generator=generator) * 2 - 1
+            value = value.double() * (1 + unit * sign)
+        found[name] = value
+    return found
+
+
+def _exact(reference: Reference, values: Mapping[str, torch.Tensor]) -> list[torch.Tensor] | None:
+    """The reference in float64; None if an operation does not take that."""
     try:
-        return _run(pattern, wide, others, device)
+        return reference.run(values, torch.device("cpu"), wide=True)
     except Exception:
         return None
 
 
-def _copied(value: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """On `device`, with the same strides."""
-    copy = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
-    return copy.copy_(value)
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a.dtype.itemsize == 1 and a.dtype.is_floating_point:
+        a, b = a.view(torch.uint8), b.view(torch.uint8)
+    return bool(((a == b) | ((a != a) & (b != b))).all())
 
 
-def _value(like: torch.Tensor, scale: float, bound: int | None, generator: torch.Generator) -> torch.Tensor:
-    shape, stride = [int(s) for s in like.shape], [int(s) for s in like.stride()]
-    if bound is not None:
-        value = distinct(like, bound, generator)
-    elif like.is_floating_point():
-        value = (scale * torch.randn(shape, generator=generator)).to(like.dtype)
-    else:
-        value = torch.randint(0, 2, shape, generator=generator).to(like.dtype)
-    if 0 in stride or not shape:
-        return value
-    return torch.empty_strided(shape, stride, dtype=like.dtype).copy_(value)
+def _placed(value: torch.Tensor, device: torch.device, margin: bool) -> torch.Tensor:
+    """A copy on `device`, with the same strides; with a `margin`, inside more memory."""
+    stride = value.stride()
+    if 0 in stride and value.numel():
+        one = tuple(slice(0, 1) if step == 0 else slice(None) for step in stride)
+        return _placed(value[one].contiguous(), device, margin).expand(value.shape)
+    if not margin or device.type != "cuda":
+        return torch.empty_strided(value.shape, stride, dtype=value.dtype, device=device).copy_(value)
+    room = sum((size - 1) * step for size, step in zip(value.shape, stride, strict=True)) + 1 if value.numel() else 1
+    before = min(-(-room // 64) * 64, _MARGIN)
+    flat = torch.zeros(room + 2 * before, dtype=value.dtype, device=device)
+    return flat.as_strided(value.shape, stride, before).copy_(value)
 
 
-def _bounds(pattern: Function, shapes: Tensors, others: Mapping[str, Any]) -> dict[str, int]:
-    """For each integer argument, the largest size of a dimension below which any number is a valid index.
-
-    Tried on the CPU, where an index that is not valid raises.
-    """
-    whole = [name for name, like in shapes.items() if is_index(like)]
-    sizes = sorted({int(size) for like in shapes.values() for size in like.shape}, reverse=True)
-    bounds = dict.fromkeys(whole, 1)
-    generator = torch.Generator().manual_seed(0)
-    for name in whole:
-        for size in sizes:
-            values = {n: _value(like, 1.0, bounds.get(n), generator) for n, like in shapes.items()}
-            values[name] = torch.full_like(values[name], size - 1)
-            try:
-                _run(pattern, values, others, torch.device("cpu"))
-            except Exception:
-                continue
-            bounds[name] = size
-            break
-    return bounds
-
-
-def _shortened(shapes: Tensors) -> dict[str, torch.Tensor]:
-    """Contiguous, with long leading dimensions (tokens, rows of a cache) cut, where the whole would take too much."""
-    total = sum(like.numel() * like.element_size() for like in shapes.values())
-    if total <= _BYTES:
-        return dict(shapes)
-    found: dict[str, torch.Tensor] = {}
-    for name, like in shapes.items():
-        shape = [int(size) for size in like.shape]
-        if shape and shape[0] > _LONG:
-            shape[0] = _LONG + shape[0] % 7
-        found[name] = torch.empty(shape, dtype=like.dtype, device="meta")
-    return found
-
-
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

@@ -1,127 +1,58 @@
-"""The places of a graph that compute a user's pattern: ``cuts.py`` proposes, ``congruence.py`` decides."""
+"""The places of a graph that compute a user's pattern: ``cuts.py`` proposes, ``equivalence.py`` decides.
+
+The pattern's rarest step says near which nodes, the *anchors*, to look. Around an anchor everything is decided by the
+nodes of its window, so windows that are equal are searched once, whether they hold the pattern or not: of a model's
+equal layers, one. A further result with tensors of its own has an anchor of its own, near the first: one that the first
+neither feeds nor is fed by through a step that cannot be the pattern's, else no call could compute both.
+"""
 
 from __future__ import annotations
 
-import itertools
+import bisect
+import functools
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
-import torch
 from torch.fx import Node
 
 from fx_fusion.decline import Decline
-from fx_fusion.function_fusions.cuts import Cut, Likeness, Locator, Outline, binding_orders
-from fx_fusion.function_fusions.equivalence import Comparison, Side, coarsest
-from fx_fusion.function_fusions.parameters import Kind, Variant, asked
+from fx_fusion.function_fusions.agreement import Agreement
+from fx_fusion.function_fusions.cuts import Cut, Locator
+from fx_fusion.function_fusions.ground import Ground
+from fx_fusion.function_fusions.misses import Miss, relocated
+from fx_fusion.function_fusions.numbers import Numbers
+from fx_fusion.function_fusions.outline import Likeness, Outline, bindings, is_candidate, same_family
+from fx_fusion.function_fusions.parameters import Variant
 from fx_fusion.function_fusions.pattern import Example, Pattern
-from fx_fusion.function_fusions.samples import Sampler
+from fx_fusion.function_fusions.place import Place, region
+from fx_fusion.function_fusions.tracer import Tracer
 from fx_fusion.graph import operations
 from fx_fusion.graph.analysis import GraphAnalysis
-from fx_fusion.graph.paths import Branch, branch_key
-from fx_fusion.graph.sizes import Sizes
-from fx_fusion.graph.torch_compat import pytree
-from fx_fusion.graph.tracing import Functional, NotTraceable, fakes_like, trace
-from fx_fusion.proof.evaluate import schedule
-from fx_fusion.proof.region_function import TOLERANCE
 
-#: Values tried for the numbers of a pattern, all together, at one place.
-_NUMBERS = 192
-
-#: Attempts around one anchor.
+#: Evaluations around one anchor.
 _TRIES = 400
 
-#: Of the users of a value that is known already, how many nearest ones may lead to another result.
-_NEAREST = 8
+#: Of the anchors of a further result, how many nearest ones are looked at, and how many are tried.
+_NEAR, _TRIED = 24, 8
+
+#: How many ways to find a first result are kept where a further one has tensors of its own.
+_WAYS = 6
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a pattern stands.
+class Mode:
+    """How strictly tensors are chosen: those that look like the example's first, as there are far fewer of them.
 
     Attributes:
-        variant: the choices, and the parts left out.
-        tensors: the node of each tensor parameter.
-        numbers: the value of each captured number.
-        results: the node of each result of the pattern, in the pattern's order.
+        strict: ranks, and sizes that are equal in the example, are as there.
+        shared: one tensor may be given for several parameters.
     """
 
-    pattern: Pattern
-    variant: Variant
-    tensors: Mapping[str, Node]
-    numbers: Mapping[str, int | float]
-    results: tuple[Node, ...]
-
-    @property
-    def anchor(self) -> Node:
-        return self.results[0]
-
-    @property
-    def others(self) -> dict[str, Any]:
-        """What the functions are called with besides tensors."""
-        return {**self.variant, **self.numbers}
+    strict: bool
+    shared: bool
 
 
-Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
-
-#: Stand for the floats of a pattern while it is traced: float32 holds them exactly, and no program contains them.
-_STAND_INS = (0.37158203125, 0.41943359375, 0.29541015625, 0.45361328125)
-
-
-@dataclass
-class Tracer:
-    """Patterns traced at the shapes of a graph, each once."""
-
-    known: dict[Hashable, Functional | NotTraceable] = field(default_factory=dict[Hashable, Any])
-    places: dict[Functional, list[tuple[Node, Any, Any]]] = field(default_factory=dict[Functional, Any])
-
-    def trace(self, pattern: Pattern, shapes: Shapes, others: Mapping[str, Any]) -> Functional:
-        key = (id(pattern), tuple(shapes.items()), repr(sorted(others.items(), key=str)))
-        if key not in self.known:
-            try:
-                self.known[key] = trace(pattern.fn, fakes_like(shapes), others)
-            except NotTraceable as error:
-                self.known[key] = error
-        found = self.known[key]
-        if isinstance(found, NotTraceable):
-            raise found
-        return found
-
-    def trace_with(
-        self, pattern: Pattern, shapes: Shapes, variant: Variant, numbers: Mapping[str, int | float]
-    ) -> Functional:
-        """As `trace`; the floats of `numbers` are written into one graph, where that shows where they stand.
-
-        That is a guess (a function may compute with them first): a place found so is traced again for the proof.
-        """
-        floats = [p.name for p in pattern.parameters if p.kind is Kind.FLOAT and p.name in numbers]
-        stand_ins = dict(zip(floats, _STAND_INS, strict=False))
-        traced = self.trace(pattern, shapes, {**variant, **numbers, **stand_ins})
-        if traced not in self.places:
-            self.places[traced] = _places_of(traced, set(stand_ins.values()))
-        places = self.places[traced]
-        if len({leaf for _, *written in places for leaf in _floats_of(written)} & {*stand_ins.values()}) < len(floats):
-            return self.trace(pattern, shapes, {**variant, **numbers})
-        values = {stand_in: numbers[name] for name, stand_in in stand_ins.items()}
-        for node, args, kwargs in places:
-            node.args, node.kwargs = pytree.tree_map(lambda leaf: _replaced(leaf, values), (args, kwargs))
-        return traced
-
-
-def _places_of(traced: Functional, stand_ins: set[float]) -> list[tuple[Node, Any, Any]]:
-    return [
-        (node, node.args, node.kwargs)
-        for node in traced.nodes
-        if stand_ins & {*_floats_of((list(node.args), dict(node.kwargs)))}
-    ]
-
-
-def _floats_of(written: Any) -> list[float]:
-    return [leaf for leaf in pytree.tree_leaves(written) if type(leaf) is float]
-
-
-def _replaced(leaf: Any, values: Mapping[float, Any]) -> Any:
-    return values.get(leaf, leaf) if type(leaf) is float else leaf
+_MODES = (Mode(True, False), Mode(False, False), Mode(True, True), Mode(False, True))
 
 
 @dataclass(frozen=True)
@@ -132,54 +63,103 @@ class _Plan:
     example: Example
     order: tuple[int, ...]
     locators: tuple[Locator, ...]
+    analysis: GraphAnalysis
 
     @staticmethod
-    def of(analysis: GraphAnalysis, pattern: Pattern, variant: Variant) -> _Plan:
+    def of(ground: Ground, pattern: Pattern, variant: Variant) -> _Plan:
         example = pattern.example(variant)
         outlines = [Outline.of(example.traced, result) for result in example.traced.results]
         order = sorted(range(len(outlines)), key=lambda i: outlines[i].rarity, reverse=True)
-        return _Plan(variant, example, tuple(order), tuple(Locator(analysis, outline) for outline in outlines))
+        locators = tuple(Locator(ground, outline) for outline in outlines)
+        return _Plan(variant, example, tuple(order), locators, ground.analysis)
+
+    @property
+    def first(self) -> Locator:
+        return self.locators[self.order[0]]
+
+    def is_passable(self, node: Node) -> bool:
+        """May it be a step of the region?"""
+        return any(locator.is_passable(node) for locator in self.locators)
+
+    @functools.cached_property
+    def levels(self) -> dict[Node, int]:
+        """How many steps that cannot be the pattern's a value needs, one after the other. Two values of one level do
+        not need each other by way of any.
+        """
+        found: dict[Node, int] = {}
+        for node in self.analysis.nodes:
+            found[node] = max((found[p] for p in node.all_input_nodes), default=0) + (not self.is_passable(node))
+        return found
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Some of the results, and the tensors that they take."""
+
+    results: Mapping[int, Node]
+    tensors: Mapping[str, Node]
+    numbers: Numbers
+
+    def moved(self, to: Callable[[Node], Node]) -> _Found:
+        return replace(
+            self,
+            results={i: to(node) for i, node in self.results.items()},
+            tensors={name: to(node) for name, node in self.tensors.items()},
+        )
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """Of one window: what was found in it, and what came nearest. Holds nodes of the window that was searched."""
+
+    found: tuple[_Found, ...]
+    nearest: Decline | None
+    window: tuple[Node, ...]
 
 
 @dataclass
 class _Attempt:
-    """One walk around one anchor. If `strict`, every tensor looks as in the example."""
+    """One walk around anchors."""
 
     plan: _Plan
-    strict: bool
-    furthest: list[Decline]
+    mode: Mode
+    window: frozenset[Node]
+    furthest: list[Decline] = field(default_factory=list[Decline])
     tries: int = 0
 
     def may_be(self, index: int, result: Node) -> bool:
         """Could `result` be the pattern's result number `index`?"""
         value, like = result.meta["val"], self.plan.example.traced.results[index].meta["val"]
-        if value.is_floating_point() != like.is_floating_point():
-            return False
-        return not self.strict or value.dim() == like.dim()
+        return same_family(value.dtype, like.dtype) and (not self.mode.strict or value.dim() == like.dim())
 
     def likeness(self, results: Mapping[int, Node], tensors: Mapping[str, Node]) -> Likeness | None:
-        if not self.strict:
+        if not self.mode.strict:
             return None
         example = self.plan.example
         pairs = [(node.meta["val"], example.traced.results[i].meta["val"]) for i, node in results.items()]
         pairs += [(node.meta["val"], example.tensors[name]) for name, node in tensors.items()]
         return Likeness.of(example.tensors, pairs)
 
-    def allowed(self, likeness: Likeness | None, names: Sequence[str]) -> Callable[[Node], bool]:
-        """Could a node be one of these parameters?"""
-        return lambda node: likeness is None or any(likeness.fits(name, node) for name in names)
+
+def _allowed(likeness: Likeness | None, names: Sequence[str]) -> Callable[[Node], bool]:
+    """Could a node be one of these parameters?"""
+    return lambda node: likeness is None or any(likeness.fits(name, node) for name in names)
 
 
 class Search:
     """All places of one pattern in one graph."""
 
     def __init__(self, analysis: GraphAnalysis, pattern: Pattern, tracer: Tracer) -> None:
-        self._analysis, self._pattern, self._tracer = analysis, pattern, tracer
-        self._aliases: dict[Node, list[Node]] = {}
-        for node in analysis.nodes:
-            self._aliases.setdefault(analysis.canonical(node), []).append(node)
-        self._known: dict[Hashable, Mapping[str, int | float] | Decline] = {}
+        self._analysis, self._pattern = analysis, pattern
+        self._ground = Ground.of(analysis)
+        self._agreement = Agreement(analysis, pattern, tracer)
+        self._known: dict[Hashable, _Outcome] = {}
+        #: What came near, by anchor.
         self.nearest: list[tuple[Node, Decline]] = []
+        #: For each variant that cannot be there, marks of rare steps that the graph has not.
+        self.missing: list[list[object]] = []
+        #: How many anchors were looked at.
+        self.anchors = 0
 
     def places(self, covered: set[Node]) -> Iterator[Place]:
         """In graph order, none inside another. Nodes of `covered` belong to other places; it grows."""
@@ -188,92 +168,156 @@ class Search:
         self.nearest = [(anchor, decline) for anchor, decline in self.nearest if anchor not in covered]
 
     def _places(self, variant: Variant, covered: set[Node]) -> Iterator[Place]:
-        plan = _Plan.of(self._analysis, self._pattern, variant)
-        for anchor in plan.locators[plan.order[0]].anchors():
+        plan = _Plan.of(self._ground, self._pattern, variant)
+        missing = [mark for locator in plan.locators for mark in self._ground.missing(locator.outline)]
+        if missing:
+            self.missing.append(missing)
+            return
+        for anchor in self._ground.anchors(plan.first.outline):
             if anchor in covered:
                 continue
+            self.anchors += 1
             furthest: list[Decline] = []
-            place = self._place(anchor, plan, covered, furthest)
-            if place is not None:
-                place = self._with_cast(place, plan)
-                covered.update(schedule(place.results, self.inputs(place.tensors)))
+            found = next((f for mode in _MODES for f in self._whole(plan, mode, (anchor,), covered, furthest)), None)
+            if found is not None:
+                place = self._place(plan, found)
+                covered.update(place.nodes)
                 yield place
             elif furthest:
                 self.nearest.append((anchor, max(furthest, key=lambda decline: decline.stage)))
 
-    def _place(self, anchor: Node, plan: _Plan, covered: set[Node], furthest: list[Decline]) -> Place | None:
-        """Tensors that look like the example's are tried first: there are far fewer of them."""
-        for strict in (True, False):
-            attempt = _Attempt(plan, strict, furthest)
-            place = next(self._around(anchor, attempt, covered), None)
-            if place is not None:
-                return place
-        return None
+    def _place(self, plan: _Plan, found: _Found) -> Place:
+        results = tuple(found.results[i] for i in range(len(plan.order)))
+        tensors = {name: found.tensors[name] for name in plan.example.tensors}
+        return Place.of(self._analysis, self._pattern, plan.variant, tensors, found.numbers, results)
 
-    def _with_cast(self, place: Place, plan: _Plan) -> Place:
-        """The same place with the cast that follows its result, if the pattern gives that dtype too."""
-        users = self._analysis.users(place.anchor)
-        if len(plan.order) > 1 or len(users) != 1 or not operations.is_cast(users[0]):
-            return place
-        attempt = _Attempt(plan, False, [])
-        for cut in plan.locators[0].cuts(users[0]):
-            for tensors in self._orders(plan.locators[0], cut, {}, attempt, None):
-                found = next(self._complete(attempt, {0: users[0]}, tensors), None)
-                if found is not None:
-                    return found
-        return place
+    # --- from anchors to all results ----------------------------------------------------------------------------------
 
-    def inputs(self, tensors: Mapping[str, Node]) -> dict[Node, str]:
-        """Every node that holds the value of a parameter."""
-        return {
-            alias: name for name, node in tensors.items() for alias in self._aliases[self._analysis.canonical(node)]
+    def _whole(
+        self, plan: _Plan, mode: Mode, anchors: tuple[Node, ...], covered: set[Node], furthest: list[Decline]
+    ) -> Iterator[_Found]:
+        """All results, the first of them near the first of `anchors`, and so on."""
+        outcome = self._outcome(plan, mode, anchors, covered)
+        if outcome.nearest is not None:
+            furthest.append(outcome.nearest)
+        for found in outcome.found:
+            if len(found.results) == len(plan.order):
+                yield found
+                continue
+            for further in self._further_anchors(plan, found, anchors, covered):
+                yield from self._whole(plan, mode, (*anchors, further), covered, furthest)
+
+    def _outcome(self, plan: _Plan, mode: Mode, anchors: tuple[Node, ...], covered: set[Node]) -> _Outcome:
+        """What the window of `anchors` holds; found in the memo where an equal one was searched."""
+        analysis = self._analysis
+        nodes = self._window(plan, anchors)
+        described, feeding = analysis.structure(nodes)
+        places = {node: i for i, node in enumerate(nodes)}
+        taken = tuple(node in covered for node in nodes)
+        users = tuple(len(node.users) for node in nodes)
+        key = (repr(plan.variant), mode, tuple(places[anchor] for anchor in anchors), taken, users, described)
+        window = (*nodes, *feeding)
+        if key not in self._known:
+            before = self._before(plan, mode, anchors, covered)
+            self._known[key] = self._searched(plan, mode, anchors, before, nodes, window, covered)
+        known = self._known[key]
+        here = {analysis.canonical(old): analysis.canonical(new) for old, new in zip(known.window, window, strict=True)}
+        at = dict(zip(known.window, window, strict=True))
+        found = tuple(each.moved(lambda node: at.get(node) or here[analysis.canonical(node)]) for each in known.found)
+        return replace(known, found=found, nearest=known.nearest and relocated(known.nearest, at), window=window)
+
+    def _window(self, plan: _Plan, anchors: tuple[Node, ...]) -> list[Node]:
+        nodes = {node for anchor, i in zip(anchors, self._own(plan), strict=False) for node in
+                 plan.locators[i].window(anchor)}  # fmt: skip
+        return sorted({*nodes, *anchors}, key=self._analysis.order.__getitem__)
+
+    def _own(self, plan: _Plan) -> list[int]:
+        """Results that have tensors of their own, in the order in which they are looked for."""
+        taken: set[str] = set()
+        found: list[int] = []
+        for i in plan.order:
+            if not found or not set(plan.locators[i].outline.takes) <= taken:
+                found.append(i)
+            taken.update(plan.locators[i].outline.takes)
+        return found
+
+    def _before(self, plan: _Plan, mode: Mode, anchors: tuple[Node, ...], covered: set[Node]) -> tuple[_Found, ...]:
+        """What the anchors but the last gave."""
+        return self._outcome(plan, mode, anchors[:-1], covered).found if len(anchors) > 1 else ()
+
+    def _searched(
+        self,
+        plan: _Plan,
+        mode: Mode,
+        anchors: tuple[Node, ...],
+        before: tuple[_Found, ...],
+        nodes: Sequence[Node],
+        window: tuple[Node, ...],
+        covered: set[Node],
+    ) -> _Outcome:
+        attempt = _Attempt(plan, mode, frozenset(nodes))
+        starts = before or (_Found({}, {}, {}),)
+        index = self._own(plan)[len(anchors) - 1]
+        ways = (
+            whole
+            for start in starts
+            for one in self._near(anchors[-1], index, start, attempt, covered)
+            for whole in self._with_bound(one, attempt, covered)
+        )
+        found: list[_Found] = []
+        for way in ways:
+            found.append(way)
+            if len(way.results) == len(plan.order) or len(found) == _WAYS:
+                break
+        found.sort(key=lambda each: -len(each.results))
+        if found and len(found[0].results) == len(plan.order):
+            found = [self._with_cast(found[0], attempt)]
+        nearest = max(attempt.furthest, key=lambda decline: decline.stage, default=None)
+        return _Outcome(tuple(found), nearest, window)
+
+    def _near(self, anchor: Node, index: int, start: _Found, attempt: _Attempt, covered: set[Node]) -> Iterator[_Found]:
+        """`start` and result number `index`, near `anchor`."""
+        locator = attempt.plan.locators[index]
+        known = {
+            self._analysis.canonical(start.tensors[name]) for name in locator.outline.takes if name in start.tensors
         }
-
-    def _around(self, anchor: Node, attempt: _Attempt, covered: set[Node]) -> Iterator[Place]:
-        first = attempt.plan.order[0]
-        locator = attempt.plan.locators[first]
-        for result in locator.results_near([anchor]):
-            if result in covered or not attempt.may_be(first, result):
+        unbound = [name for name in locator.outline.takes if name not in start.tensors]
+        for result in locator.results_near(anchor):
+            if result in covered or result in start.results.values() or not attempt.may_be(index, result):
                 continue
-            likeness = attempt.likeness({first: result}, {})
-            allowed = attempt.allowed(likeness, locator.outline.takes)
-            for cut in locator.cuts(result, (), allowed):
-                for tensors in self._orders(locator, cut, {}, attempt, likeness):
-                    yield from self._complete(attempt, {first: result}, tensors)
+            results = {**start.results, index: result}
+            likeness = attempt.likeness(results, start.tensors)
+            sizes = self._sizes(attempt.mode, len(known), len(unbound))
+            for cut in locator.cuts(result, attempt.window, known, _allowed(likeness, unbound), sizes):
+                for tensors in self._orders(locator, cut, start.tensors, attempt, likeness):
+                    yield from self._agreed(attempt, results, {**start.tensors, **tensors})
 
-    def _complete(self, attempt: _Attempt, results: dict[int, Node], tensors: dict[str, Node]) -> Iterator[Place]:
-        """Places that begin with these `results` and `tensors`, if what is known so far agrees."""
-        plan = attempt.plan
-        numbers = self._agree(attempt, results, tensors)
-        if isinstance(numbers, Decline):
-            attempt.furthest.append(numbers)
-            return
-        if len(results) == len(plan.order):
-            ordered = tuple(results[i] for i in range(len(plan.order)))
-            named = {name: tensors[name] for name in plan.example.tensors}
-            yield Place(self._pattern, plan.variant, named, numbers, ordered)
-            return
-        index = plan.order[len(results)]
-        locator = plan.locators[index]
-        known = {self._analysis.canonical(tensors[name]) for name in locator.outline.takes if name in tensors}
-        near = self._analysis.order[next(iter(results.values()))]
-        for result in locator.results_near(self._users_near(known, near)):
-            if result in results.values() or not attempt.may_be(index, result):
-                continue
-            likeness = attempt.likeness({**results, index: result}, tensors)
-            unbound = [name for name in locator.outline.takes if name not in tensors]
-            for cut in locator.cuts(result, known, attempt.allowed(likeness, unbound)):
-                for more in self._orders(locator, cut, tensors, attempt, likeness):
-                    yield from self._complete(attempt, {**results, index: result}, {**tensors, **more})
+    def _sizes(self, mode: Mode, known: int, unbound: int) -> list[int]:
+        """How many tensors a cut may have."""
+        return list(range(known + 1, known + unbound)) if mode.shared else [known + unbound]
 
-    def _users_near(self, known: set[Node], position: int) -> list[Node]:
+    def _agreed(self, attempt: _Attempt, results: Mapping[int, Node], tensors: Mapping[str, Node]) -> Iterator[_Found]:
+        """These results and tensors, if they agree with the pattern at one sample."""
+        attempt.tries += 1
+        if attempt.tries > _TRIES:
+            many = f"more than {_TRIES} ways to cut the graph here: give an example that looks like it"
+            attempt.furthest.append(Miss("fusion.no_match", many))
+            return
+        if self._is_circular(results, tensors):
+            return
+        try:
+            numbers = self._agreement.numbers(attempt.plan.variant, attempt.mode.strict, results, tensors)
+        except Decline as decline:
+            attempt.furthest.append(decline)
+            return
+        yield _Found(results, tensors, numbers)
+
+    def _is_circular(self, results: Mapping[int, Node], tensors: Mapping[str, Node]) -> bool:
+        """Would the call have to run before one of its own operands?"""
         order = self._analysis.order
-        users: dict[Node, None] = {}
-        for node in known:
-            of_it = [user for alias in self._aliases[node] for user in self._analysis.users(alias)]
-            of_it.sort(key=lambda user: abs(order[user] - position))
-            users.update(dict.fromkeys(of_it[:_NEAREST]))
-        return list(users)
+        latest = max(map(order.__getitem__, tensors.values()))
+        early = [result for result in results.values() if order[result] <= latest]
+        return any(self._analysis.between(result, tensors.values()) for result in early)
 
     def _orders(
         self,
@@ -287,156 +331,92 @@ class Search:
         known = {name: self._analysis.canonical(tensors[name]) for name in takes if name in tensors}
         rest = [node for node in cut.frontier if node not in known.values()]
         unbound = [name for name in takes if name not in known]
-        if len(rest) == len(unbound):
-            yield from binding_orders(unbound, rest, attempt.plan.example.tensors, likeness)
+        if attempt.mode.shared:
+            rest = [*rest, *dict.fromkeys(known.values())]
+            every = bindings(unbound, rest, attempt.plan.example.tensors, likeness) if rest else iter(())
+            yield from every
+        elif len(rest) == len(unbound):
+            yield from bindings(unbound, rest, attempt.plan.example.tensors, likeness)
 
-    def _agree(
-        self, attempt: _Attempt, results: Mapping[int, Node], tensors: Mapping[str, Node]
-    ) -> Mapping[str, int | float] | Decline:
-        """The numbers with which the pattern agrees with these results at one sample; or why there are none.
+    # --- results that take no further tensors -------------------------------------------------------------------------
 
-        Where tensors are missing still, and the pattern cannot be traced without them, nothing is known: no numbers.
-        """
-        attempt.tries += 1
-        if attempt.tries > _TRIES:
-            return Decline(
-                "fusion.no_match", f"more than {_TRIES} ways to cut the graph here: give an example that looks like it"
-            )
-        variant = attempt.plan.variant
-        leaves = list(tensors.values())
-        keys = [branch_key(Branch(leaves[0], leaves[0], node, (), ()), leaves[1:]) for node in results.values()]
-        key = (repr(variant), attempt.strict, tuple(results), tuple(tensors), tuple(keys))
-        if key not in self._known:
-            try:
-                self._known[key] = self._solve(variant, attempt.strict, results, tensors)
-            except Decline as decline:
-                self._known[key] = decline
-        return self._known[key]
-
-    def _solve(
-        self, variant: Variant, strict: bool, results: Mapping[int, Node], tensors: Mapping[str, Node]
-    ) -> Mapping[str, int | float]:
-        sizes = self._analysis.sizes[0]
-        shapes = self._shapes(variant, tensors, sizes)
-        partial = len(tensors) < len(shapes)
-        nodes = schedule(results.values(), self.inputs(tensors))
-        furthest = Decline("fusion.no_match", f"{next(iter(results.values()))} takes tensors of other shapes")
-        for numbers in self._numbers(variant, nodes, sizes):
-            try:
-                pattern = self._tracer.trace_with(self._pattern, shapes, variant, numbers)
-            except NotTraceable as error:
-                if partial and not strict:
-                    return {}
-                furthest = Decline(
-                    "fusion.no_match", f"the pattern does not take these tensors: {error}", list(tensors.values())
-                )
+    def _with_bound(self, found: _Found, attempt: _Attempt, covered: set[Node]) -> Iterator[_Found]:
+        """`found`, and the results that follow from its tensors alone."""
+        plan = attempt.plan
+        index = next((i for i in plan.order if i not in found.results), None)
+        if index is None or not set(plan.locators[index].outline.takes) <= set(found.tensors):
+            yield found
+            return
+        for result in self._computed_from(found.tensors, attempt.window):
+            if result in covered or result in found.results.values() or not attempt.may_be(index, result):
                 continue
-            theirs = [pattern.results[i] for i in results]
-            if not _same_layouts(list(results.values()), theirs, sizes):
+            for more in self._agreed(attempt, {**found.results, index: result}, found.tensors):
+                yield from self._with_bound(more, attempt, covered)
+
+    def _computed_from(self, tensors: Mapping[str, Node], window: frozenset[Node]) -> list[Node]:
+        """Tensors of the window that depend on `tensors` and on nothing else, in graph order."""
+        known = {self._analysis.canonical(node) for node in tensors.values()}
+        found: dict[Node, None] = {}
+        for node in sorted(window, key=self._analysis.order.__getitem__):
+            if self._analysis.canonical(node) in known:
                 continue
-            comparison = compare(self.inputs(tensors), list(results.values()), pattern, theirs, sizes, nodes)
-            sampler = Sampler(pattern, seed=2)
-            try:
-                difference, where = comparison.difference(sampler.values(1.0), sampler.generator)
-            except Decline as decline:
-                furthest = decline
-                continue
-            if difference < TOLERANCE:
-                return numbers
-            found = f"in float64 {where} and the pattern differ by {difference:.1e}"
-            furthest = Decline("proof.mismatch", found, list(results.values()))
-        raise furthest
+            parents = [p for p in node.all_input_nodes if not operations.is_symbolic(p)]
+            if all(self._analysis.canonical(p) in known or p in found or operations.is_literal(p) for p in parents):
+                found[node] = None
+        return [node for node in found if hasattr(node.meta.get("val"), "dim") and not operations.is_literal(node)]
 
-    def _shapes(self, variant: Variant, tensors: Mapping[str, Node], sizes: Sizes) -> Shapes:
-        """Of all tensor parameters. One that is not found yet is as in the example, sizes replaced as elsewhere."""
-        example = self._pattern.example(variant).tensors
-        known = {name: node.meta["val"] for name, node in tensors.items()}
-        renamed: dict[int, int] = {}
-        for name, value in known.items():
-            if value.dim() == example[name].dim():
-                renamed.update(zip(map(int, example[name].shape), sizes.shape(value), strict=True))
-        dtype = coarsest(tensors.values())
-        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-        for name in asked(self._pattern.parameters, variant, Kind.TENSOR):
-            like = example[name]
-            if name in known:
-                shapes[name] = (sizes.shape(known[name]), known[name].dtype)
-            else:
-                shape = tuple(renamed.get(int(size), int(size)) for size in like.shape)
-                shapes[name] = (shape, dtype if like.is_floating_point() else like.dtype)
-        return shapes
+    def _with_cast(self, found: _Found, attempt: _Attempt) -> _Found:
+        """The same with the cast that follows its only result, if the pattern gives that dtype too."""
+        result = found.results[0]
+        users = self._analysis.users(result)
+        if len(found.results) > 1 or len(users) != 1 or not operations.is_cast(users[0]):
+            return found
+        return next(self._agreed(attempt, {0: users[0]}, found.tensors), found)
 
-    def _numbers(self, variant: Variant, nodes: Sequence[Node], sizes: Sizes) -> Iterator[dict[str, int | float]]:
-        floats = asked(self._pattern.parameters, variant, Kind.FLOAT)
-        ints = asked(self._pattern.parameters, variant, Kind.INT)
-        literals = _literals(nodes)
-        fractions = _fractions(literals) if floats else []
-        whole = _whole(literals, nodes) if ints else []
-        ways = itertools.product(*([fractions] * len(floats)), *([whole] * len(ints)))
-        for values in itertools.islice(ways, _NUMBERS):
-            yield dict(zip([*floats, *ints], values, strict=True))
+    # --- anchors of further results -----------------------------------------------------------------------------------
 
+    def _further_anchors(
+        self, plan: _Plan, found: _Found, anchors: tuple[Node, ...], covered: set[Node]
+    ) -> Iterator[Node]:
+        """Where the next result with tensors of its own may be: nearest first, those of the same origin before all."""
+        own = self._own(plan)
+        if len(anchors) >= len(own):
+            return
+        outline = plan.locators[own[len(anchors)]].outline
+        pool = self._ground.anchors(outline) if outline.required else self._users_of(found, outline)
+        inside = set(region(self._analysis, found.tensors, tuple(found.results.values())))
+        near = [node for node in self._nearest(pool, anchors[0]) if node not in covered and node not in anchors]
+        yield from (node for node in near if node in inside)
+        near = [node for node in near if node not in inside]
+        level = plan.levels[anchors[0]]
+        beside = [node for node in near if plan.levels[node] == level][:_TRIED]
+        yield from self._by_origin(anchors[0], beside)
+        others = [node for node in near if plan.levels[node] != level][:_TRIED]
+        yield from (node for node in others if not self._is_separated(plan, anchors[0], node))
 
-def compare(
-    inputs: Mapping[Node, str],
-    results: Sequence[Node],
-    pattern: Functional,
-    theirs: Sequence[Node],
-    sizes: Sizes,
-    nodes: Sequence[Node],
-) -> Comparison:
-    """The region between `inputs` and `results` beside these results of the pattern."""
-    respell(pattern, _literals(nodes))
-    floor = coarsest([*inputs, *results])
-    region = Side.of(inputs, results, sizes, floor)
-    return Comparison(region, Side.of({node: name for name, node in pattern.inputs.items()}, theirs, Sizes(), floor))
+    def _users_of(self, found: _Found, outline: Outline) -> list[Node]:
+        """Users of the tensors that the result shares with those found; of none, wherever something is computed."""
+        shared = [found.tensors[name] for name in outline.takes if name in found.tensors]
+        if not shared:
+            return [n for n in self._analysis.nodes if n in self._analysis.live and is_candidate(n, outline.moves)]
+        users = {user: None for node in shared for user in self._ground.users(node)}
+        return sorted(users, key=self._analysis.order.__getitem__)
 
+    def _nearest(self, pool: Sequence[Node], anchor: Node) -> list[Node]:
+        order = self._analysis.order
+        place = bisect.bisect(pool, order[anchor], key=order.__getitem__)
+        around = pool[max(0, place - _NEAR) : place + _NEAR]
+        return sorted(around, key=lambda node: abs(order[node] - order[anchor]))
 
-def respell(pattern: Functional, literals: Sequence[int | float]) -> None:
-    """A number that one spelling of an operation rounds to float32 and another does not becomes the region's.
+    def _is_separated(self, plan: _Plan, a: Node, b: Node) -> bool:
+        """Does one need the other by way of a step that cannot be the pattern's?"""
+        first, last = sorted((a, b), key=self._analysis.order.__getitem__)
+        return not all(map(plan.is_passable, self._analysis.between(first, [last])))
 
-    Kernels round it to float32 either way; in float64 it would make a difference.
-    """
-    known = {_float32(literal): literal for literal in literals if isinstance(literal, float)}
-
-    def spelled(value: Any) -> Any:
-        return known.get(_float32(value), value) if type(value) is float else value
-
-    for node in pattern.nodes:
-        node.args, node.kwargs = pytree.tree_map(spelled, (node.args, node.kwargs))
-
-
-def _float32(value: float) -> float:
-    return float(torch.tensor(value, dtype=torch.float32))
-
-
-def _same_layouts(mine: Sequence[Node], theirs: Sequence[Node], sizes: Sizes) -> bool:
-    pairs = [(a.meta["val"], b.meta["val"]) for a, b in zip(mine, theirs, strict=True)]
-    return all(a.dtype == b.dtype and sizes.shape(a) == tuple(b.shape) for a, b in pairs)
-
-
-def _literals(nodes: Sequence[Node]) -> list[int | float]:
-    """Numbers written in the region, each once, in order."""
-    found: dict[Any, None] = {}
-    for node in nodes:
-        if operations.is_symbolic(node):
-            continue
-        for leaf in pytree.tree_leaves((list(node.args), dict(node.kwargs))):
-            if type(leaf) in (int, float):
-                found[leaf] = None
-    return list(found)
-
-
-def _fractions(literals: Sequence[int | float]) -> list[float]:
-    """What a float of the pattern may be: a literal; of ``x / 8``, an eighth; a whole number; its opposite."""
-    written = [literal for literal in literals if isinstance(literal, float)]
-    inverse = [1 / literal for literal in literals if literal and abs(literal) < 1e15]
-    whole = [float(literal) for literal in literals if isinstance(literal, int) and abs(literal) < 1e15]
-    return list(dict.fromkeys([*written, *inverse, *whole, *(-literal for literal in written), 0.0, 1.0]))
-
-
-def _whole(literals: Sequence[int | float], nodes: Sequence[Node]) -> list[int]:
-    """What an int of the pattern may be: a literal, or the size of a dimension."""
-    written = [literal for literal in literals if isinstance(literal, int) and abs(literal) < 1 << 40]
-    shapes = [node.meta["val"].shape for node in nodes if isinstance(node.meta.get("val"), torch.Tensor)]
-    return list(dict.fromkeys([*written, *(size for shape in shapes for size in shape if isinstance(size, int))]))
+    def _by_origin(self, anchor: Node, nodes: Sequence[Node]) -> list[Node]:
+        """Those that have the latest ancestor in common with `anchor` first."""
+        if len(nodes) < 2:
+            return list(nodes)
+        origins = self._analysis.latest_common_ancestors(anchor, nodes)
+        order = self._analysis.order
+        return sorted(nodes, key=lambda node: -order[origins[node]] if node in origins else 1)

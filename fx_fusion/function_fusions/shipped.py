@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx import Graph
 
 from fx_fusion.decline import Decline
-from fx_fusion.function_fusions.fusion import FunctionFusion, Match, insert
+from fx_fusion.function_fusions.fusion import FunctionFusion, Match
 from fx_fusion.kernels.operation import KernelUnavailable
 from fx_fusion.kernels.qk_norm_rope_cache import reference
 from fx_fusion.kernels.qk_norm_rope_cache.operation import qk_norm_rope_cache
@@ -56,7 +56,7 @@ class SwiGLU(FunctionFusion):
         return _choose(self.name, kernel, target)
 
     def rewrite(self, graph: Graph, match: Match, kernel: str) -> None:
-        insert(graph, match.place, _silu_and_multiply if kernel == "reference" else _swiglu)
+        self.insert(graph, match, _silu_and_multiply if kernel == "reference" else _swiglu)
 
 
 def _norm_and_rotate(
@@ -117,4 +117,4 @@ class QkNormRope(FunctionFusion):
         return _choose(self.name, kernel, target)
 
     def rewrite(self, graph: Graph, match: Match, kernel: str) -> None:
-        insert(graph, match.place, _norm_and_rotate if kernel == "reference" else _qk_norm_rope)
+        self.insert(graph, match, _norm_and_rotate if kernel == "reference" else _qk_norm_rope)

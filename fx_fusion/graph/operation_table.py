@@ -43,12 +43,16 @@ class Trait(enum.Flag):
     """Shifts or scales its first argument, if the second is a number."""
     SMOOTH = enum.auto()
     """Analytic on all numbers, or where it is finite at all, and no part of RMSNorm and RoPE."""
+    LOGARITHM = enum.auto()
+    """Analytic only where its argument stays positive."""
     PRODUCT = enum.auto()
     """Of matrices or vectors."""
     CENTRES = enum.auto()
     """Subtracts a mean: what a LayerNorm is made of."""
     UNDEFINED = enum.auto()
     """Memory whose content is not defined: any two are equal."""
+    BY_STRIDES = enum.auto()
+    """Depends on how its argument lies in memory: no function of values."""
     ADDS = enum.auto()
     """Adds to, or combines with, what the tensor holds at indices."""
     NOTHING = 0
@@ -60,7 +64,8 @@ class Row:
 
     Attributes:
         tokens: the rule of ``proof/token_reduction.py`` for how tokens pass it; empty if there is none.
-        rare: a kind of analytic step that a function either needs or cannot have, however it is spelled.
+        rare: a kind of analytic step that a function either needs or cannot have, however it is spelled. (So are roots
+            and logarithms; whether a power is a root depends on the exponent.)
         value: of what writes into its first argument at indices: which argument holds the values.
         takes: of what puts a part back into its first argument: the view that takes that part out.
         copies: of what may copy to another device: which argument.
@@ -79,13 +84,15 @@ _RESHAPE = Row(Trait.MOVES | Trait.ALIASES | Trait.IN_ORDER, "reshape")
 _REORDER = Row(Trait.MOVES, "reorder")
 _POINTWISE = Row(Trait.COMPUTES, "pointwise")
 _AFFINE = Row(Trait.COMPUTES | Trait.AFFINE, "pointwise")
-_ROOT = Row(Trait.ROOT, "pointwise", rare="root")
+_ROOT = Row(Trait.ROOT, "pointwise")
 _SUM = Row(Trait.COMPUTES | Trait.REDUCES, "reduction")
 _PAIR = Row(Trait.PAIRS)
 _SMOOTH = Row(Trait.SMOOTH)
 _EXPONENTIAL = Row(Trait.SMOOTH, rare="exponential")
 _TRIGONOMETRIC = Row(Trait.SMOOTH, rare="trigonometric")
-_PRODUCT = Row(Trait.PRODUCT)
+_ERROR_FUNCTION = Row(Trait.SMOOTH, rare="error function")
+_LOGARITHM = Row(Trait.LOGARITHM)
+_PRODUCT = Row(Trait.PRODUCT, rare="product")
 _CENTRES = Row(Trait.CENTRES)
 _UNDEFINED = Row(Trait.UNDEFINED)
 _ADDS = Row(Trait.ADDS)
@@ -111,7 +118,8 @@ TABLE: Mapping[Any, Row] = {
     aten.split_with_sizes.default: _VIEW,
     aten.unbind.int: _VIEW,
     operator.getitem: Row(Trait.MOVES | Trait.ALIASES, "item"),
-    aten.as_strided.default: Row(Trait.ALIASES),
+    aten.as_strided.default: Row(Trait.ALIASES | Trait.BY_STRIDES),
+    aten.as_strided_copy.default: Row(Trait.BY_STRIDES),
     aten.view.dtype: Row(Trait.ALIASES),
     aten.clone.default: Row(Trait.MOVES, "pointwise"),
     aten.flip.default: _REORDER,
@@ -124,7 +132,7 @@ TABLE: Mapping[Any, Row] = {
     aten.copy.default: Row(Trait.JOINS, "pointwise", copies=1),
     aten.select_scatter.default: Row(Trait.JOINS, "select_scatter", takes=aten.select.int),
     aten.slice_scatter.default: Row(Trait.JOINS, "slice_scatter", takes=aten.slice.Tensor),
-    aten.as_strided_scatter.default: Row(takes=aten.as_strided.default),
+    aten.as_strided_scatter.default: Row(Trait.BY_STRIDES, takes=aten.as_strided.default),
     # by mask or index
     aten.where.self: Row(Trait.SELECTS, "pointwise"),
     aten.index.Tensor: Row(Trait.SELECTS, "index"),
@@ -178,20 +186,28 @@ TABLE: Mapping[Any, Row] = {
     aten.tanh.default: _EXPONENTIAL,
     aten.sin.default: _TRIGONOMETRIC,
     aten.cos.default: _TRIGONOMETRIC,
-    aten.erf.default: Row(Trait.SMOOTH, rare="error function"),
-    aten.sinh.default: _SMOOTH,
-    aten.cosh.default: _SMOOTH,
+    aten.sinh.default: _EXPONENTIAL,
+    aten.cosh.default: _EXPONENTIAL,
+    aten.pow.Scalar: _EXPONENTIAL,
+    aten.erf.default: _ERROR_FUNCTION,
+    aten.erfc.default: _ERROR_FUNCTION,
+    aten.log.default: _LOGARITHM,
+    aten.log1p.default: _LOGARITHM,
+    aten.log2.default: _LOGARITHM,
+    aten.log10.default: _LOGARITHM,
+    aten.sum.default: _SMOOTH,
+    aten.mean.default: _SMOOTH,
     aten.cumsum.default: _SMOOTH,
     aten.var.correction: _SMOOTH,
     aten.constant_pad_nd.default: _SMOOTH,
-    aten.addmv.default: _SMOOTH,
     aten.mm.default: _PRODUCT,
     aten.addmm.default: _PRODUCT,
     aten.bmm.default: _PRODUCT,
     aten.baddbmm.default: _PRODUCT,
     aten.mv.default: _PRODUCT,
+    aten.addmv.default: _PRODUCT,
     aten.dot.default: _PRODUCT,
-    aten.var_mean.correction: _CENTRES,
+    aten.var_mean.correction: Row(Trait.CENTRES | Trait.SMOOTH),
     aten.native_layer_norm.default: _CENTRES,
     aten.native_group_norm.default: _CENTRES,
     aten.empty.memory_format: _UNDEFINED,

@@ -37,13 +37,18 @@ ROOTS = _with(Trait.ROOT)
 REDUCTIONS = _with(Trait.REDUCES)
 ARITHMETIC = _with(Trait.COMPUTES)
 AFFINE = _with(Trait.AFFINE)
+PAIRS = _with(Trait.PAIRS)
 #: May lie on the data path of a region that is proved by sampling.
-ANALYTIC = MOVEMENT | JOIN | SELECTION | CAST | ARITHMETIC | ROOTS | _with(Trait.PAIRS)
+ANALYTIC = MOVEMENT | JOIN | SELECTION | CAST | ARITHMETIC | ROOTS | PAIRS
 SMOOTH = _with(Trait.SMOOTH)
+LOGARITHMS = _with(Trait.LOGARITHM)
 PRODUCTS = _with(Trait.PRODUCT)
+BY_STRIDES = _with(Trait.BY_STRIDES)
 CENTRED_NORMS = _with(Trait.CENTRES)
 UNDEFINED = _with(Trait.UNDEFINED)
 ADDERS = _with(Trait.ADDS)
+#: Kinds of analytic steps that a function either needs or cannot have.
+RARE = {target: row.rare for target, row in TABLE.items() if row.rare}
 #: What writes a value at indices, and which of its arguments the value is.
 WRITERS = {target: row.value for target, row in TABLE.items() if row.value is not None}
 #: What puts a part back, and the view that takes that part out.

@@ -64,11 +64,11 @@ def _expression(size: int | torch.SymInt) -> sympy.Expr:
     return sympy.sympify(size if isinstance(size, int) else size.node.expr)
 
 
-def admissible_sizes(nodes: Iterable[Node]) -> list[Sizes]:
-    """Sizes at which to evaluate regions of `nodes`: one assignment if nothing is symbolic, else two distinct ones.
+def admissible_sizes(nodes: Iterable[Node], candidates: Sequence[int] = _CANDIDATES, count: int = 2) -> list[Sizes]:
+    """Sizes at which to evaluate regions of `nodes`: one assignment if nothing is symbolic, else `count` distinct ones.
 
-    Ranges and guards come from the shape environment; small sizes are preferred. Symbols that were equal when the
-    graph was traced stay equal: the token counts of two inputs are two symbols, and usually one number.
+    Ranges and guards come from the shape environment; `candidates` are tried in their order. Symbols that were equal
+    when the graph was traced stay equal: the token counts of two inputs are two symbols, and usually one number.
     """
     symbols: dict[sympy.Symbol, None] = {}
     env: Any = None
@@ -82,13 +82,13 @@ def admissible_sizes(nodes: Iterable[Node]) -> list[Sizes]:
     known = {symbol: int(traced_with[symbol]) for symbol in symbols if symbol in traced_with}
     classes = sorted(set(known.values()))
     found: list[Sizes] = []
-    for shift in range(len(_CANDIDATES)):
-        chosen = {hint: _CANDIDATES[(i + shift) % len(_CANDIDATES)] for i, hint in enumerate(classes)}
+    for shift in range(len(candidates)):
+        chosen = {hint: candidates[(i + shift) % len(candidates)] for i, hint in enumerate(classes)}
         values = {symbol: _clamp(env, symbol, chosen[hint]) for symbol, hint in known.items()}
         sizes = Sizes(values)
         if sizes not in found and _admits(env, values):
             found.append(sizes)
-        if len(found) == 2:
+        if len(found) == count:
             return found
     traced = Sizes(known)
     return [*found, traced] if traced not in found else found

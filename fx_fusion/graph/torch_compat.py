@@ -38,7 +38,12 @@ from torch._inductor import custom_graph_pass, inductor_prims
 from torch._library.custom_ops import CustomOpDef  # what torch.library.custom_op makes
 from torch._logging import trace_structured  # reports beside Inductor's own artifacts
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket  # what a node calls
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode  # tensors without values
+from torch._subclasses.fake_tensor import (  # tensors without values
+    FakeCopyMode,
+    FakeTensor,
+    FakeTensorMode,
+    in_kernel_invocation_manager,
+)
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode  # changes in place as results
 from torch.fx.experimental.proxy_tensor import make_fx  # a function as a graph
 from torch.fx.experimental.symbolic_shapes import (  # what is known of sizes, and which depend on data
@@ -148,6 +153,11 @@ def unwrapped(tensor: FunctionalTensor) -> torch.Tensor:
     """What a functional tensor holds now."""
     torch._sync(tensor)
     return torch._from_functional_tensor(tensor.elem)
+
+
+def storage_key(tensor: torch.Tensor) -> int:
+    """Equal for tensors, fake ones too, that lie in one memory."""
+    return tensor.untyped_storage()._cdata
 
 
 def hints(env: ShapeEnv) -> Mapping[Any, int]:

@@ -47,3 +47,25 @@ def silu_store(x: Tensor, cache: Tensor, slots: Tensor, scale: float, alpha: flo
 @silu_store.register_fake
 def _(x, cache, slots, scale, alpha):
     return None
+
+
+@torch.library.custom_op("own_tests::mark", mutates_args=())
+def mark(x: Tensor) -> Tensor:
+    """What a test finds in the graph."""
+    return x.clone()
+
+
+@mark.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("own_tests::attend", mutates_args=())
+def attend(q: Tensor, k: Tensor) -> Tensor:
+    """What takes queries and keys: nobody looks into it."""
+    return q + k.mean()
+
+
+@attend.register_fake
+def _(q, k):
+    return torch.empty_like(q)

@@ -7,11 +7,11 @@ import torch
 from torch._inductor.pattern_matcher import PatternMatcherPass, fwd_only, register_replacement
 
 import fx_fusion
+from function_fusions import patterns
+from function_fusions.test_function_fusions import by_quotient
 from fx_fusion.config import Config
 from fx_fusion.fusion_pass import apply
 from fx_fusion.mutation.mutants import capture
-from own import patterns
-from own.test_function_fusions import by_quotient
 
 
 def model(norm, eps):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from own import ops  # noqa: F401  (registers the operations)
+from function_fusions import ops  # noqa: F401  (registers the operations)
 
 
 def rms_norm(x, weight, eps: float):
