@@ -18,7 +18,14 @@ PAGES = ROOT / "build" / "site-pages"
 SOURCES = ROOT / "build" / "site-sources"
 
 SECTIONS: dict[str, list[str]] = {
-    "Start": ["README.md", "docs/concepts.md", "docs/backend.md", "docs/coverage.md", "docs/compared.md"],
+    "Start": [
+        "README.md",
+        "docs/concepts.md",
+        "docs/proof.md",
+        "docs/backend.md",
+        "docs/coverage.md",
+        "docs/compared.md",
+    ],
     "See what happens": ["docs/explain.md", "docs/reports.md", "docs/declines.md", "docs/doctor.md", "docs/patch.md"],
     "Your own": ["docs/own_fusions.md", "docs/own_kernels.md", "docs/meanings.md", "docs/testing.md"],
     "In production": ["docs/vllm.md", "docs/capture.md", "docs/hazards.md", "docs/kernels.md", "docs/tuning.md"],

@@ -132,7 +132,7 @@ class FusionReport:
     @staticmethod
     def from_json(text: str) -> FusionReport:
         content = json.loads(text)
-        content["layers"] = tuple(LayerReport(**layer) for layer in content["layers"])
+        content["layers"] = tuple(_layer(**layer) for layer in content["layers"])
         return FusionReport(**content)
 
     def __str__(self) -> str:
@@ -143,6 +143,11 @@ class FusionReport:
             name = f"{first}" if first == last else f"{first}-{last}"
             lines.append(f"  {name:>5}  {layer}")
         return "\n".join(lines)
+
+
+def _layer(facts: dict[str, Any] | None = None, **content: Any) -> LayerReport:
+    """Of a report's content; `reading` had another name once."""
+    return LayerReport(**content) if facts is None else LayerReport(reading=facts, **content)
 
 
 def runs(layers: Sequence[LayerReport]) -> list[tuple[int, int, LayerReport]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fx_fusion import fusion_pass
 from fx_fusion.graph import operations
 from fx_fusion.mutation.mutants import rewritten
 from fx_fusion.mutation.oracle import judge
@@ -56,12 +57,14 @@ def _slots_of_the_key(_, key, *__):
 
 NO_PROOF = (rotated_heads, "prove", lambda *_: Proved(bits=64, trials=1, degree=1, literals={}))
 NO_CERTIFICATE = (rotated_heads, "certify", _nothing)
+#: What no field interprets is then sampled, and samples are enough.
+ANY_TRUST = (fusion_pass, "require", _nothing)
 #: What is broken, and which operations are changed to show it. One guard alone is no good: most have a second behind.
 SABOTAGE = {
     "proof": ([NO_PROOF], aten.mul.Tensor),
     "proof and eps": ([NO_PROOF, (rotated_heads, "read_eps", lambda *_: 1e-6)], aten.add.Tensor),
     "certificate": (
-        [NO_CERTIFICATE, (operations, "is_analytic", lambda node: not operations.is_opaque(node))],
+        [NO_CERTIFICATE, ANY_TRUST, (operations, "is_analytic", lambda node: not operations.is_opaque(node))],
         aten.pow.Tensor_Scalar,
     ),
     "slots": ([(qk_norm_rope_cache, "shared_slots", _slots_of_the_key)], aten.index_put.default),

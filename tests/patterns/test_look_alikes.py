@@ -206,7 +206,7 @@ class ClampAfterTheRotation(Prologue):
         return super().rotate(x, cos, sin).clamp(-1e4, 1e4)
 
 
-@look_alike("proof.not_analytic", "a root of something that is not a sum over lanes", "key, certificate")
+@look_alike("proof.not_analytic", "a root of something that is not a sum over lanes", "key, norm")
 class ClampSpelledWithARoot(Prologue):
     """min(x, 1e4) = (x + 1e4 - |x - 1e4|) / 2, and |y| = sqrt(y²): every op is analytic, the function is not."""
 

@@ -45,15 +45,12 @@ class VllmFusionPass(InductorPass):
     def __deepcopy__(self, memo: dict[int, Any]) -> VllmFusionPass:
         return self
 
-    def __reduce__(self) -> Any:
-        return _remake, (self.switch, self._before, self._unknown)
+    def sent(self) -> tuple[Switch, Any, str]:
+        """What a worker makes the same pass of, by :meth:`remade`."""
+        return self.switch, self._before, self._unknown
 
-
-def _remake(switch: Switch, before: Any, unknown: str) -> VllmFusionPass:
-    """In a worker, where nothing else may have asked for the plug-in."""
-    from fx_fusion.engines.vllm.startup import install
-
-    install()
-    made = VllmFusionPass(switch.kernel, require=switch.require, before=before)
-    made._unknown = unknown
-    return made
+    @staticmethod
+    def remade(switch: Switch, before: Any, unknown: str) -> VllmFusionPass:
+        made = VllmFusionPass(switch.kernel, require=switch.require, before=before)
+        made._unknown = unknown
+        return made

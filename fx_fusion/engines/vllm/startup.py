@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +22,15 @@ def install() -> None:
     _around(CompilationConfig, "set_splitting_ops_for_v1", _configure)
     # Not `init_worker`: a process of its own loads plug-ins in there.
     _around(WorkerWrapperBase, "init_device", _watch)
+
+
+def _remade(*sent: Any) -> VllmFusionPass:
+    """In a worker, where nothing else may have asked for the plug-in."""
+    install()
+    return VllmFusionPass.remade(*sent)
+
+
+copyreg.pickle(VllmFusionPass, lambda each: (_remade, each.sent()))
 
 
 def _around(owner: Any, name: str, hook: Callable[..., Any]) -> None:

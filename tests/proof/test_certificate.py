@@ -1,79 +1,15 @@
-"""Which steps may lie on a path that is proved by sampling; and the reference against mutated regions."""
+"""The walk over dtypes; and the reference against regions that were read wrong."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from prologue import HEAD_DIM, Prologue, arguments
+from prologue import Prologue, arguments
 
 from fx_fusion.decline import Decline
-from fx_fusion.graph.operations import aten, prims
-from fx_fusion.graph.paths import Branch
+from fx_fusion.graph.operations import prims
 from fx_fusion.proof import certificate
-from fx_fusion.proof import floats as proof
-
-
-def branch(build, dtype=torch.float32):
-    """The branch that `build` makes of one [3, 8] placeholder."""
-    graph = torch.fx.Graph()
-    data = graph.placeholder("data")
-    data.meta["val"] = torch.zeros(3, 8, dtype=dtype)
-
-    def call(target, *args):
-        node = graph.call_function(target, args)
-        concrete = torch.fx.node.map_arg(args, lambda n: n.meta["val"])
-        node.meta["val"] = target(*concrete)
-        return node
-
-    out = build(call, data)
-    nodes = tuple(node for node in graph.nodes if node is not data)
-    return Branch(data, data, out, nodes, ())
-
-
-def mean_square(call, x):
-    return call(aten.mean.dim, call(aten.mul.Tensor, x, x), [-1], True)
-
-
-def inverse_root(call, x):
-    return call(aten.rsqrt.default, call(aten.add.Tensor, mean_square(call, x), 1e-6))
-
-
-def square(call, x):
-    return call(aten.mul.Tensor, x, x)
-
-
-ANALYTIC = {
-    "norm": lambda call, x: call(aten.mul.Tensor, x, inverse_root(call, x)),
-    "power": lambda call, x: call(aten.pow.Tensor_Scalar, x, 3),
-    "inverse root as power": lambda call, x: call(aten.pow.Tensor_Scalar, mean_square(call, x), -0.5),
-    "roll": lambda call, x: call(aten.roll.default, x, [1], [1]),
-}
-
-NOT_ANALYTIC = {
-    "absolute value": lambda call, x: call(aten.abs.default, x),
-    "clamp": lambda call, x: call(aten.clamp.default, x, -1.0, 1.0),
-    "round": lambda call, x: call(aten.round.default, x),
-    "maximum": lambda call, x: call(aten.maximum.default, x, x),
-    "root of a square": lambda call, x: call(aten.sqrt.default, square(call, x)),
-    "root of a square and eps": lambda call, x: call(aten.sqrt.default, call(aten.add.Tensor, square(call, x), 1e-30)),
-    "root as power": lambda call, x: call(aten.pow.Tensor_Scalar, square(call, x), 0.5),
-    "root of a sum of one": lambda call, x: call(
-        aten.sqrt.default, call(aten.sum.dim_IntList, call(aten.unsqueeze.default, x, -1), [-1])
-    ),
-    "softplus": lambda call, x: call(aten.softplus.default, x),
-}
-
-
-@pytest.mark.parametrize("name", ANALYTIC)
-def test_analytic(name):
-    certificate.certify(branch(ANALYTIC[name]))
-
-
-@pytest.mark.parametrize("name", NOT_ANALYTIC)
-def test_not_analytic(name):
-    with pytest.raises(Decline) as declined:
-        certificate.certify(branch(NOT_ANALYTIC[name]))
-    assert declined.value.code == "proof.not_analytic"
+from proof.branches import branch
 
 
 @pytest.mark.parametrize(
@@ -158,8 +94,3 @@ def test_proof_sees_a_term_that_ordinary_input_hides(spoilt):
             return spoilt(super().norm(x, torch.ones_like(weight)), weight)
 
     assert_declines(Spoilt(), arguments(), code="proof.mismatch")
-
-
-def test_tolerances_cover_every_float_dtype_in_use():
-    assert set(proof.NATIVE_TOLERANCE) == {torch.bfloat16, torch.float16, torch.float32, torch.float64}
-    assert HEAD_DIM == 16
