@@ -204,6 +204,11 @@ def test_shapes_must_agree():
     assert verdict == Differs("the region gives [4], the fused operation [2, 2]")
 
 
+def test_nothing_is_proved_by_nothing():
+    verdict = compare(Comparison(lambda i, at: i["x"], lambda i: i["x"], {"x": (0, 4)}))
+    assert verdict == Differs("there is no result to be compared")
+
+
 def test_a_reference_that_is_never_defined():
     verdict = compare(Comparison(lambda i, at: i["x"], lambda i: (i["x"] - i["x"]).rsqrt(), {"x": (4,)}))
     assert isinstance(verdict, Differs) and "hardly ever defined" in verdict.found
