@@ -64,6 +64,8 @@ def test_without_points_that_are_prepared():
     unprepared = Comparison(region_of(normalised), fused, SHAPES)
     verdict = compare(unprepared)
     assert isinstance(verdict, Proved) and verdict.trials >= 3
+    one = Comparison(lambda i, at: normalised(i["x"]), lambda i: normalised(i["x"]), {"x": (1, 8)})
+    assert isinstance(compare(one), Proved)
     assert isinstance(compare(Comparison(region_of(PLANTED["eps + 1e-20"]), fused, SHAPES)), Differs)
 
 
