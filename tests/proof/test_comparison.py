@@ -64,6 +64,8 @@ def test_without_points_that_are_prepared():
     unprepared = Comparison(region_of(normalised), fused, SHAPES)
     verdict = compare(unprepared)
     assert isinstance(verdict, Proved) and verdict.trials >= 3
+    one = Comparison(lambda i, at: normalised(i["x"]), lambda i: normalised(i["x"]), {"x": (1, 8)})
+    assert isinstance(compare(one), Proved)
     assert isinstance(compare(Comparison(region_of(PLANTED["eps + 1e-20"]), fused, SHAPES)), Differs)
 
 
@@ -202,6 +204,11 @@ def test_literals_as_large_as_they_come_take_more_fields():
 def test_shapes_must_agree():
     verdict = compare(Comparison(lambda i, at: i["x"], lambda i: i["x"].reshape(2, 2), {"x": (4,)}))
     assert verdict == Differs("the region gives [4], the fused operation [2, 2]")
+
+
+def test_nothing_is_proved_by_nothing():
+    verdict = compare(Comparison(lambda i, at: i["x"], lambda i: i["x"], {"x": (0, 4)}))
+    assert verdict == Differs("there is no result to be compared")
 
 
 def test_a_reference_that_is_never_defined():

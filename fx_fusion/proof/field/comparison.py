@@ -18,7 +18,7 @@ from fx_fusion.proof.field.bounds import Polynomial
 from fx_fusion.proof.field.chance import bits_of, log2_hidden
 from fx_fusion.proof.field.literals import Meant, near_misses
 from fx_fusion.proof.field.primes import ALWAYS_SQUARES, is_square, random_prime, unforeseeable
-from fx_fusion.proof.field.rule import Relations, agree, check_places, constants, met_in, relate
+from fx_fusion.proof.field.rule import Relations, agree, check_places, constants, met_in, relate, unknown
 from fx_fusion.proof.field.trial import Comparison, NoMeaningAt, Trial, Trials, run
 from fx_fusion.proof.field.verdict import DegreeTooHigh, Differs, NotEvaluable, Proved, Refused, Verdict
 
@@ -118,9 +118,9 @@ class _Proof:
             trials = self._run(count)
             for trial in trials.each:
                 relations = relate(trial)
-                if self._learns(trial, relations) and kept:
+                if self._learns(trial, relations) or (claim and unknown(relations) < unknown(claim.relations)):
                     claim, kept, compared = None, [], torch.tensor(0)
-                if not self._admits(trial):
+                if not self._admits(trial) or (claim and unknown(relations) > unknown(claim.relations)):
                     continue
                 claim = claim or self._claim(trial, relations, trials.gap)
                 if not agree(claim.relations, relations):
@@ -173,6 +173,8 @@ class _Proof:
 def _compare_values(trial: Trial) -> Tensor:
     """1 where both are equal, 0 where the reference is undefined. Raises Refused where they differ."""
     ours, theirs = trial.result, trial.expected
+    if not theirs.numel():
+        raise Refused("there is no result to be compared")
     if ours.shape != theirs.shape:
         raise Refused(f"the region gives {list(ours.shape)}, the fused operation {list(theirs.shape)}")
     defined = theirs >= 0

@@ -66,13 +66,18 @@ def constants(trial: Trial, relations: Relations) -> list[Fraction]:
     return [relation.multiple.constant for relation in relations[: len(trial.roots)] if relation is not None]
 
 
+def unknown(relations: Relations) -> int:
+    """How many roots and divisors are undefined."""
+    return sum(relation is None for relation in relations)
+
+
 def agree(one: Relations, other: Relations) -> bool:
-    """Are these the same relations, as far as both are known? (How many members a base has is chance.)"""
-    return all(
-        a.of is b.of and a.multiple.constant == b.multiple.constant
-        for a, b in zip(one, other, strict=True)
-        if a is not None and b is not None
-    )
+    """Are these the same relations? (How many members a base has is chance.)"""
+    return [_said(relation) for relation in one] == [_said(relation) for relation in other]
+
+
+def _said(relation: Relation | None) -> tuple[Of, Fraction] | None:
+    return None if relation is None else (relation.of, relation.multiple.constant)
 
 
 def relate(trial: Trial) -> Relations:
