@@ -20,14 +20,13 @@ from fx_fusion.config import Config
 from fx_fusion.decline import IDLE, OPAQUE, Decline, first_source_line, module_path, reaching
 from fx_fusion.fingerprint import Unreadable, fingerprint
 from fx_fusion.fusion import REGISTRY, AnyFusion, Candidate
-from fx_fusion.graph import tidy, transaction
+from fx_fusion.graph import invariants, tidy, transaction
 from fx_fusion.graph.analysis import GraphAnalysis
 from fx_fusion.graph.torch_compat import (
     GraphPass,
     InferenceAwarePass,
     counters,
     disable_current_modes,
-    sort_topologically,
     trace_structured,
 )
 from fx_fusion.kernels.measure import tuned
@@ -135,6 +134,7 @@ def apply(graph: Graph, config: Config, *, training: bool = False, observer: Obs
         # Readers compute with real tensors, whatever mode the caller traces in (fake tensors, a default device).
         with disable_current_modes(), cpu_by_default(), torch.no_grad():
             stand_ins = stand_in(graph)
+            before = invariants.Before.of(graph) if _checks(config) else None
             inlined = inline(graph, stand_ins)
             for fusion in REGISTRY:
                 _apply_fusion(graph, fusion, config, observer, inlined, done)
@@ -144,6 +144,8 @@ def apply(graph: Graph, config: Config, *, training: bool = False, observer: Obs
             inlined.restore(rewritten=rewritten)
             if rewritten:
                 tidy.finish(graph)
+            if before is not None:
+                invariants.check(before, graph, ordered=True)
             stand_ins.settle(fused_calls(graph))
     total = time.perf_counter() - started
     seconds = {"total": total, "rewriting": done.rewriting, "reading": total - done.rewriting}
@@ -221,8 +223,12 @@ def _apply_fusion(
         observer.reads(fusion, analysis, None, None, layer)
     started = time.perf_counter()
 
+    before = invariants.Before.of(graph) if matches and _checks(config) else None
+
     def rewrite(position: int) -> None:
         fusion.rewrite(graph, matches[position][1], str(layers[position].kernel))
+        if before is not None:
+            invariants.check(before, graph, ordered=False)
         observer.rewrites(layers[position], graph)
 
     edits = {position: functools.partial(rewrite, position) for position in matches}
@@ -230,7 +236,9 @@ def _apply_fusion(
     for position, error in failed.items():
         layers[position] = _not_rewritten(fusion.name, error, config, matches[position][0].anchor)
     if len(failed) < len(matches):
-        sort_topologically(graph)
+        tidy.sort(graph)
+        if before is not None:
+            invariants.check(before, graph, ordered=True)
     done.rewriting += time.perf_counter() - started
     done.layers += [*layers, *refused]
     done.absent += nothing
@@ -302,8 +310,12 @@ def _not_rewritten(fusion: str, error: Exception, config: Config, anchor: Node) 
     return _declined(fusion, decline, anchor)
 
 
+def _checks(config: Config) -> bool:
+    return config.strict or invariants.ALWAYS
+
+
 def _internal(error: Exception, config: Config) -> Decline:
-    if config.strict or isinstance(error, KernelUnavailable):
+    if config.strict or isinstance(error, (KernelUnavailable, invariants.Violation)):
         raise error
     log.warning("fx_fusion: a reader or a rewrite raised, the layer stays unfused", exc_info=error)
     return Decline("internal.error", f"{type(error).__name__}: {error}")

@@ -6,15 +6,17 @@ import opaque_ops
 import pytest
 import torch
 
+from fx_fusion.graph import invariants
 from fx_fusion.report import REPORTS
 
 
 @pytest.fixture(autouse=True)
 def fresh(tmp_path, monkeypatch):
-    """No compile cache, no Dynamo state and no random state leaks from one test into another."""
+    """No compile cache, no Dynamo state and no random state leaks from one test into another; rewrites are checked."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     for name in ("FX_FUSION_KERNEL", "FX_FUSION_DISABLE", "FX_FUSION_FUEL", "FX_FUSION_TUNED"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(invariants, "ALWAYS", True)
     torch._dynamo.reset()
     REPORTS.clear()
     torch.manual_seed(0)

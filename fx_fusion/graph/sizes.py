@@ -9,6 +9,8 @@ from typing import Any
 import sympy
 import torch
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
+from torch.utils import _pytree as pytree
 
 from fx_fusion.decline import Decline
 from fx_fusion.graph.torch_compat import hints
@@ -47,6 +49,22 @@ class Sizes:
 def same(a: Sequence[int | torch.SymInt], b: Sequence[int | torch.SymInt]) -> bool:
     """Are two lists of sizes equal, as far as their expressions show? Comparing SymInts directly would add a guard."""
     return [_expression(size) for size in a] == [_expression(size) for size in b]
+
+
+def known_to_exceed_one(size: int | torch.SymInt) -> bool:
+    """Is `size` a symbol that is two at least, as far as ranges tell? Asking adds no guard."""
+    return isinstance(size, torch.SymInt) and statically_known_true(size >= 2)
+
+
+def steps(value: torch.Tensor) -> list[int | torch.SymInt]:
+    """The strides of `value`; that of a dimension of one element says nothing, and is left out."""
+    return [stride for size, stride in zip(value.shape, value.stride(), strict=True) if not same([size], [1])]
+
+
+def depends_on_data(value: Any) -> bool:
+    """Has a tensor of the fake `value` a size that is known only when it runs? Each run of it invents a new symbol."""
+    tensors = [each for each in pytree.tree_leaves(value) if isinstance(each, torch.Tensor)]
+    return any(free_unbacked_symbols(tuple(tensor.shape)) for tensor in tensors)
 
 
 def quotient(a: int | torch.SymInt, b: int | torch.SymInt) -> int | None:
