@@ -155,7 +155,6 @@ def shuffled(build, data, angles, weight):
         of_tokens(aten.cumsum.default, 2),
         of_tokens(aten.mean.dim, [-2], True),
         of_tokens(aten.sum.dim_IntList, [1, 2], True),
-        of_tokens(aten.repeat.default, [1, 1, 2, 1]),
         position_mask,
         next_tokens_angles,
         shifted_by_slices,
@@ -168,6 +167,33 @@ def shuffled(build, data, angles, weight):
 )
 def test_where_tokens_mix_there_is_no_copy(steps):
     assert not shortened(steps)[2]
+
+
+@pytest.mark.parametrize("times", [[1, 1, 2, 1], [2, 1, 1, 3], [3, 1, 1, 1, 1]])
+def test_all_tokens_repeated(times):
+    """The copy repeats those that remain as often."""
+    inputs, out, copies = shortened(of_tokens(aten.repeat.default, times))
+    few = copies[inputs[0]].meta["val"].shape[1]
+    data = torch.randn(1, few, HEADS * DIM, dtype=torch.float64)
+    (actual,) = evaluate([copies[out]], {copies[inputs[0]]: data}, Sizes())
+    assert few < SEQ and torch.equal(actual, data.view(1, few, HEADS, DIM).transpose(1, 2).repeat(times))
+
+
+def repeated_for_each_token(build, data, angles, weight):
+    x = build(aten.reshape.default, data, [SEQ, HEADS * DIM])
+    return build(aten.mul.Tensor, x, build(aten.repeat.default, weight, [SEQ, HEADS]))
+
+
+def filled_for_each_token(build, data, angles, weight):
+    x = build(aten.reshape.default, data, [SEQ, HEADS * DIM])
+    return build(aten.mul.Tensor, x, build(aten.full.default, [SEQ, 1], 3.0))
+
+
+@pytest.mark.parametrize("steps", [repeated_for_each_token, filled_for_each_token])
+def test_what_is_the_same_for_each_token(steps):
+    inputs, out, copies = shortened(steps)
+    agrees(inputs, out, copies)
+    assert list(copies[out].meta["val"].shape) == [3, HEADS * DIM]
 
 
 def test_a_value_taken_from_one_token_is_none_that_all_have():

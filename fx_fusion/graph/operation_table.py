@@ -86,7 +86,7 @@ _POINTWISE = Row(Trait.COMPUTES, "pointwise")
 _AFFINE = Row(Trait.COMPUTES | Trait.AFFINE, "pointwise")
 _ROOT = Row(Trait.ROOT, "pointwise")
 _SUM = Row(Trait.COMPUTES | Trait.REDUCES, "reduction")
-_PAIR = Row(Trait.PAIRS)
+_PAIR = Row(Trait.PAIRS, "pairs")
 _SMOOTH = Row(Trait.SMOOTH)
 _EXPONENTIAL = Row(Trait.SMOOTH, rare="exponential")
 _TRIGONOMETRIC = Row(Trait.SMOOTH, rare="trigonometric")
@@ -155,7 +155,7 @@ TABLE: Mapping[Any, Row] = {
     aten.copy_.default: Row(copies=1),
     aten.view_as_complex.default: _PAIR,
     aten.view_as_real.default: _PAIR,
-    aten.complex.default: _PAIR,
+    aten.complex.default: Row(Trait.PAIRS, "pointwise"),
     # arithmetic
     aten.add.Tensor: _AFFINE,
     aten.add.Scalar: _AFFINE,

@@ -16,6 +16,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -54,6 +55,11 @@ class _TokensMix(Exception):
 Axes = Mapping[Node, Axis | None]
 """Where the tokens lie in each value; None for a value that no token enters."""
 
+Follow = Mapping[Node, tuple[Node, int]]
+"""Steps whose tokens lie where those of another node do, so many dimensions further on, whatever else they read."""
+
+_NOTHING: Follow = MappingProxyType({})
+
 
 def fewer_tokens(inputs: Sequence[Node], outputs: Sequence[Node], carrier: Node, tokens: int) -> dict[Node, Node]:
     """A copy of the steps from `inputs` to `outputs` at fewer tokens, in a graph of its own; empty where there is none.
@@ -90,8 +96,11 @@ def _shorten(
         return None
     ends = {*_shapes(carrier)[0], *(size for node in outputs for size in _shapes(node)[0]), tokens}
     for size in sorted((size for size in ends if tokens % size == 0 and size > few), reverse=True):
-        for axes in _assignments(inputs, steps, carrier, size):
-            if all(axes[node] for node in outputs):
+        places = {
+            node: list(places_of(node, size, always=node is carrier)) for node in (*inputs, *filter(is_free, steps))
+        }
+        for axes in assignments(places, steps, size):
+            if not isinstance(axes, Node) and all(axes[node] for node in outputs):
                 return _copy(inputs, steps, axes, size, few), tokens // size * few
     return None
 
@@ -107,28 +116,39 @@ def _is_static(node: Node) -> bool:
     return all(isinstance(each, torch.Tensor) and all(type(n) is int for n in each.shape) for each in values)
 
 
-def _assignments(
-    inputs: Sequence[Node], steps: Sequence[Node], carrier: Node, size: int
-) -> Iterator[dict[Node, Axis | None]]:
-    """Every way to lay an axis of `size` into the inputs with which all steps treat tokens alike.
+def assignments(
+    places: Mapping[Node, Sequence[Axis | None]], steps: Sequence[Node], size: int, follow: Follow = _NOTHING
+) -> Iterator[dict[Node, Axis | None] | Node]:
+    """Every way to lay an axis of `size` with which all `steps` treat tokens alike; of one that ends, where it does.
 
     Any of them will do. A size may occur twice (128 tokens, 128 lanes), so that there is more than one to try.
+
+    Args:
+        places: where it may lie in each input, and in each of `steps` that :func:`is_free`.
     """
-    free = [*inputs, *(node for node in steps if node.target is aten.expand.default)]
-    places = [list(_places(node, size, always=node is carrier)) for node in free]
-    for chosen in itertools.islice(itertools.product(*places), _MANY_ATTEMPTS):
-        axes: dict[Node, Axis | None] = {}
-        given = dict(zip(free, chosen, strict=True))
-        axes.update({node: given[node] for node in inputs})
+    for chosen in itertools.islice(itertools.product(*places.values()), _MANY_ATTEMPTS):
+        given = dict(zip(places, chosen, strict=True))
+        axes: dict[Node, Axis | None] = {node: axis for node, axis in given.items() if node not in steps}
+        node = None
         try:
             for node in steps:
-                axes[node] = _axis_after(node, axes, size, given.get(node))
+                if node in follow:
+                    axes[node] = _followed(node, *follow[node], axes, size)
+                else:
+                    axes[node] = _axis_after(node, axes, size, given.get(node))
         except _TokensMix:
-            continue
-        yield axes
+            assert node is not None
+            yield node
+        else:
+            yield axes
 
 
-def _places(node: Node, size: int, *, always: bool) -> Iterator[Axis | None]:
+def is_free(node: Node) -> bool:
+    """May `node` hold tokens though none enters it, each of them the same?"""
+    return node.target in _REPEATERS
+
+
+def places_of(node: Node, size: int, *, always: bool) -> Iterator[Axis | None]:
     """Where a value may hold the axis: in a dimension of that size, or outermost or innermost in a larger one."""
     for dim, extent in enumerate(_shapes(node)[0]):
         if extent == size:
@@ -146,7 +166,7 @@ def _axis_after(node: Node, axes: Axes, size: int, broadcast: Axis | None) -> Ax
     """Where the tokens lie in the result of `node`. Raises _TokensMix unless it is known to treat them alike."""
     carried = {parent: axis for parent in node.all_input_nodes if (axis := axes[parent]) is not None}
     if not carried:
-        return broadcast and _repeated(node, broadcast)
+        return broadcast and _REPEATERS[node.target](node, broadcast, size)
     rule = _RULES.get(operations.row(node).tokens)
     if rule is None:
         raise _TokensMix
@@ -156,13 +176,46 @@ def _axis_after(node: Node, axes: Axes, size: int, broadcast: Axis | None) -> Ax
     return axis
 
 
-def _repeated(node: Node, axis: Axis) -> Axis:
+def _followed(node: Node, other: Node, further: int, axes: Axes, size: int) -> Axis | None:
+    axis = axes[other]
+    if axis is None:
+        return None
+    axis = replace(axis, dim=axis.dim + further)
+    if any(shape[axis.dim] != axis.size(size) for shape in _shapes(node)):
+        raise _TokensMix
+    return axis
+
+
+def _expanded(node: Node, axis: Axis, size: int) -> Axis:
     """A value without tokens, expanded to all of them, may count as holding them: the same for each."""
     shape = _shapes(node.all_input_nodes[0])[0]
     dim = axis.dim - len(_shapes(node)[0]) + len(shape)
     if dim >= 0 and shape[dim] != 1:
         raise _TokensMix
     return axis
+
+
+def _repeated_whole(node: Node, axis: Axis, size: int) -> Axis:
+    """So is one that is repeated once a token."""
+    shape, times = _shapes(node.all_input_nodes[0])[0], node.args[1]
+    assert isinstance(times, (list, tuple))
+    dim = axis.dim - len(times) + len(shape)
+    if times[axis.dim] != size or axis != Axis(axis.dim, inner=shape[dim] if dim >= 0 else 1):
+        raise _TokensMix
+    return axis
+
+
+def _filled(node: Node, axis: Axis, size: int) -> Axis:
+    """So is one that holds a single number."""
+    return axis
+
+
+#: What makes a value of one that no token enters, the same for each token: where the tokens may lie in it.
+_REPEATERS: dict[Any, Callable[[Node, Axis, int], Axis]] = {
+    aten.expand.default: _expanded,
+    aten.repeat.default: _repeated_whole,
+    aten.full.default: _filled,
+}
 
 
 Carried = Mapping[Node, Axis]
@@ -301,12 +354,19 @@ def _index(node: Node, carried: Carried, size: int) -> Axis:
 
 
 def _repeat(node: Node, carried: Carried, size: int) -> Axis:
+    """Repeating whole dimensions puts the repetitions outside of what they hold."""
     (source, axis) = next(iter(carried.items()))
     times: Any = node.args[1]
     dim = axis.dim + len(times) - len(_shapes(source)[0])
-    if times[dim] != 1:
+    return replace(axis, dim=dim, outer=axis.outer * times[dim])
+
+
+def _pairs(node: Node, carried: Carried, size: int) -> Axis:
+    """Between complex numbers and pairs of reals, which have a dimension more, the last one."""
+    (source, axis) = next(iter(carried.items()))
+    if axis.dim >= min(len(_shapes(source)[0]), len(_shapes(node)[0])):
         raise _TokensMix
-    return replace(axis, dim=dim)
+    return axis
 
 
 def _item(node: Node, carried: Carried, size: int) -> Axis:
@@ -342,6 +402,7 @@ _RULES: dict[str, Rule] = {
     "gather": _gather,
     "index": _index,
     "repeat": _repeat,
+    "pairs": _pairs,
     "item": _item,
 }
 
@@ -359,6 +420,10 @@ def _copy(inputs: Sequence[Node], steps: Sequence[Node], axes: Axes, size: int, 
         axis = axes[node]
         if axis is not None and (node.target in operations.RESHAPE or node.target is aten.expand.default):
             copies[node].args = (copies[node].args[0], _short(_shapes(node)[0], axis, few))
+        elif axis is not None and node.target is aten.full.default:
+            copies[node].args = (_short(_shapes(node)[0], axis, few), *copies[node].args[1:])
+        elif axis is not None and node.target is aten.repeat.default:
+            copies[node].args = (copies[node].args[0], _times(node.args[1], axis, size, few))
     for node, copy in copies.items():
         copy.meta = {**node.meta, "val": _short_value(node.meta["val"], axes[node], few)}
     return copies
@@ -366,6 +431,11 @@ def _copy(inputs: Sequence[Node], steps: Sequence[Node], axes: Axes, size: int, 
 
 def _short(shape: Sequence[int], axis: Axis | None, few: int) -> list[int]:
     return [axis.size(few) if axis and dim == axis.dim else extent for dim, extent in enumerate(shape)]
+
+
+def _times(times: Any, axis: Axis, size: int, few: int) -> list[int]:
+    """How often to repeat what: fewer times where that was once a token."""
+    return [few if dim == axis.dim and count == size else count for dim, count in enumerate(times)]
 
 
 def _short_value(value: Any, axis: Axis | None, few: int) -> Any:

@@ -41,6 +41,7 @@ from fx_fusion.patterns.qk_norm_rope_cache.cache_store.join import take_apart
 from fx_fusion.patterns.qk_norm_rope_cache.cache_store.stored import (
     Memo,
     Stored,
+    check_counts,
     is_joint,
     read_stored_key,
     read_stored_value,
@@ -148,6 +149,8 @@ def read(analysis: GraphAnalysis, candidate: Candidate, memo: Memo) -> Match:
     with reaching("value's store"):
         stored_value = read_stored_value(analysis, value_store, stored_key, grid, memo)
         slots = shared_slots(analysis, stored_key, stored_value, sizes)
+        symbolic_grid = _symbolic_grid(key, key_heads)
+        check_counts(symbolic_grid, stored_key, stored_value)
     return Match(
         query=query,
         query_heads=query_heads,
@@ -162,6 +165,8 @@ def read(analysis: GraphAnalysis, candidate: Candidate, memo: Memo) -> Match:
         grid=_symbolic_grid(key, key_heads),
         return_k=_used_fresh(analysis, key.out, key_store),
         evidence=weakest([each.evidence for each in (query_heads, key_heads) if each.evidence is not None]),
+        symbolic_grid = _symbolic_grid(key, key_heads)
+        check_counts(symbolic_grid, stored_key, stored_value)
     )
 
 

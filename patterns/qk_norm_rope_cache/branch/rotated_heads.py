@@ -28,6 +28,7 @@ from fx_fusion.patterns.qk_norm_rope_cache.branch.split import (
     read_heads,
     take_heads,
 )
+from fx_fusion.proof.all_sizes import check_all_sizes
 from fx_fusion.proof.certificate import certify
 from fx_fusion.proof.evidence import Evidence, Sampled, weakest
 from fx_fusion.proof.prove import prove
@@ -80,7 +81,9 @@ class RotatedHeads:
 
 
 def read_rotated_heads(branch: Branch, sizes: Sequence[Sizes]) -> RotatedHeads:
-    """Read at the first of `sizes`, prove at all of them; at fewer tokens where a few stand for all.
+    """Read at the first of `sizes`, prove at all of these; at fewer tokens where a few stand for all.
+
+    That holds for every size: see :func:`fx_fusion.proof.all_sizes.check_all_sizes`.
 
     The frontier is taken in each way that :class:`Frontier` knows.
 
@@ -89,6 +92,7 @@ def read_rotated_heads(branch: Branch, sizes: Sequence[Sizes]) -> RotatedHeads:
     """
     with reaching("certificate"):
         certify(branch)
+        _check_tokens(branch, sizes)
     short, originals = _at_fewer_tokens(branch, sizes[0])
     try:
         return _read_any(short, sizes).on(originals)
@@ -109,6 +113,14 @@ def _explained(branch: Branch, decline: Decline) -> Decline:
     except Decline as reason:
         return reason
     return decline
+
+
+def _check_tokens(branch: Branch, sizes: Sequence[Sizes]) -> None:
+    shapes = [each.shape(branch.data.meta["val"]) for each in sizes]
+    empty = next((shape for shape in shapes if 0 in shape), None)
+    if empty is not None:
+        found = f"{branch.data} of shape {list(empty)} is empty: there is no token to compute"
+        raise Decline("region.sizes", found, [branch.data])
 
 
 def _at_fewer_tokens(branch: Branch, sizes: Sizes) -> tuple[Branch, dict[Node, Node]]:
@@ -140,6 +152,8 @@ def _read_any(branch: Branch, sizes: Sequence[Sizes]) -> RotatedHeads:
 
 def _read(branch: Branch, leaves: tuple[Node, ...], sizes: Sequence[Sizes]) -> RotatedHeads:
     probe = Probe(branch, leaves, sizes[0])
+    with reaching("sizes"):
+        check_all_sizes([branch.data, *leaves], [branch.out])
     with reaching("split"):
         columns = read_columns(probe)
     first: Decline | None = None

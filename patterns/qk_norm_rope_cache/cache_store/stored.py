@@ -13,8 +13,9 @@ from fx_fusion.decline import Decline
 from fx_fusion.graph.analysis import GraphAnalysis
 from fx_fusion.graph.operations import aten
 from fx_fusion.graph.paths import Branch
-from fx_fusion.graph.sizes import Sizes
+from fx_fusion.graph.sizes import Sizes, known_to_exceed_one, same
 from fx_fusion.graph.store_site import Store
+from fx_fusion.kernels.qk_norm_rope_cache.cache_layout import Size
 from fx_fusion.patterns.qk_norm_rope_cache.branch.rotated_heads import RotatedHeads
 from fx_fusion.patterns.qk_norm_rope_cache.branch.split import Heads, expected_columns, read_heads
 from fx_fusion.patterns.qk_norm_rope_cache.cache_store.addresses import Addresses, Index
@@ -28,6 +29,7 @@ from fx_fusion.patterns.qk_norm_rope_cache.cache_store.conversion import (
     ways_to_copy,
 )
 from fx_fusion.patterns.qk_norm_rope_cache.cache_store.indices import read_addresses, same_slots
+from fx_fusion.proof.all_sizes import check_all_sizes
 from fx_fusion.proof.certificate import certify_copy
 from fx_fusion.proof.evaluate import check_memory
 
@@ -121,10 +123,31 @@ def shared_slots(analysis: GraphAnalysis, key: Stored, value: Stored, sizes: Siz
     if slots is None:
         masked = ["masked" if addresses.stored else "unmasked" for addresses in (a, b)]
         kinds = [f", {kind}" if masked[0] != masked[1] else "" for kind in masked]
+        kinds[1] += "; where tokens are left out, a negative slot counts from one end" if masked[0] == "masked" else ""
         found = f"the key is stored at {a.slots} of {list(a.size)}{kinds[0]}, "
         found += f"the value at {b.slots} of {list(b.size)}{kinds[1]}"
         raise Decline("store.slots_differ", found, [key.store.writer, value.store.writer])
     return slots
+
+
+def check_counts(grid: tuple[Size, Size], key: Stored, value: Stored) -> None:
+    """There are as many values as keys, and one index for each, at all sizes.
+
+    Two symbols for one number are two inputs' own: PyTorch refuses to store where they differ, unless one of them is
+    one, which is then broadcast.
+    """
+    addresses, (batch, seq) = key.addresses, grid
+    counted: list[tuple[Node, Size, Size]] = []
+    for stored in (key, value):
+        counted.append((stored.data, stored.data.meta["val"].numel(), batch * seq * stored.heads.width))
+    for index in (addresses.slots, addresses.blocks, addresses.in_group, addresses.stored and addresses.stored.index):
+        if index is not None and index.node is not None:
+            rows = (batch if index.per_batch else 1) * (seq if index.per_token else 1)
+            counted.append((index.node, index.node.meta["val"].numel(), rows))
+    for node, actual, expected in counted:
+        if not same([actual], [expected]) and not (known_to_exceed_one(actual) and known_to_exceed_one(expected)):
+            found = f"{node} holds {actual} elements, {expected} are stored; whether that is one number is not known"
+            raise Decline("region.sizes", found, [node])
 
 
 def _read_copied(
@@ -192,6 +215,7 @@ def _arriving(
     steps = conversion.steps_after(source)
     allowed = {step.node for step in steps} | ({store.join.node} if store.join else set())
     certify_copy(store.steps_from(analysis, source), allowed, _dtype(source), conversion.dtype)
+    check_all_sizes([source, *store.others], [store.value], {step.node: (step.operand, 0) for step in steps})
     return moved_elements(store, steps, source, numbers, sizes)
 
 
