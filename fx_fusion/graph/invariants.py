@@ -12,17 +12,20 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch._higher_order_ops.auto_functionalize import auto_functionalized, auto_functionalized_v2, get_mutable_args
-from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_functional
 from torch.fx import Graph, Node
-from torch.utils import _pytree as pytree
 
-from fx_fusion.graph import operations as opset
+from fx_fusion.graph import operations
 from fx_fusion.graph.edit import EMITTED, fake_run
 from fx_fusion.graph.operations import aten
 from fx_fusion.graph.paths import strip_aliases
 from fx_fusion.graph.sizes import depends_on_data, same, steps
-from fx_fusion.graph.store_site import SCATTERS, WRITERS
+from fx_fusion.graph.torch_compat import (
+    auto_functionalized,
+    auto_functionalized_v2,
+    get_mutable_args,
+    pytree,
+    triton_kernel_wrapper_functional,
+)
 
 #: Run them after every rewrite, whatever the options say.
 ALWAYS = False
@@ -268,9 +271,9 @@ def _value_before(node: Node) -> list[Node]:
     """What the tensor that `node` is a value of was before the last write into it; of a part put back, that too."""
     if node.op != "call_function":
         return []
-    if node.target in SCATTERS:
+    if node.target in operations.SCATTERS:
         return [each for each in node.args[:2] if isinstance(each, Node)]
-    if node.target in WRITERS:
+    if node.target in operations.WRITERS:
         return [node.args[0]]  # type: ignore[list-item]
     if node.target is operator.getitem and isinstance(node.args[0], Node):
         return [base for base, result in written_by(node.args[0]) if result is node]
@@ -311,7 +314,7 @@ def _readers(base: Node) -> Iterable[Node]:
             if user in seen:
                 continue
             seen.add(user)
-            if user.target in opset.VIEW:
+            if user.target in operations.VIEW:
                 stack.append(user)
             elif not _copies_back(user):
                 yield user
@@ -322,7 +325,7 @@ def _copies_back(node: Node) -> bool:
 
 
 def _has_effect(node: Node) -> bool:
-    return node.op == "call_function" and not _copies_back(node) and (opset.draws(node) or node.is_impure(False))
+    return node.op == "call_function" and not _copies_back(node) and (operations.draws(node) or node.is_impure(False))
 
 
 def _results(graph: Graph) -> Iterator[Held]:

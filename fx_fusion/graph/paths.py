@@ -159,7 +159,7 @@ def _reorders(node: Node) -> bool:
 
 def strip_views(node: Any, *, keep_rows: bool = False) -> Node:
     """The value that `node` is moved from; with `keep_rows`, no further than where rows are dropped."""
-    while operations.is_movement(node) and not _is_one_of_several(node) and not (keep_rows and drops_rows(node)):
+    while operations.is_movement(node) and not is_one_of_several(node) and not (keep_rows and drops_rows(node)):
         node = node.args[0]
     return node_of(node)
 
@@ -187,10 +187,10 @@ def strip_aliases(node: Any) -> Node:
 
 
 def _is_alias(node: Node) -> bool:
-    return node.op == "call_function" and node.target in operations.VIEW and not _is_one_of_several(node)
+    return node.op == "call_function" and node.target in operations.VIEW and not is_one_of_several(node)
 
 
-def _is_one_of_several(node: Node) -> bool:
+def is_one_of_several(node: Node) -> bool:
     """Is `node` one of the results of an operation that is no view?"""
     return node.target is operator.getitem and node_of(node.args[0]).target not in operations.VIEW
 

@@ -9,11 +9,9 @@ from typing import Any
 import sympy
 import torch
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
-from torch.utils import _pytree as pytree
 
 from fx_fusion.decline import Decline
-from fx_fusion.graph.torch_compat import hints
+from fx_fusion.graph.torch_compat import free_unbacked_symbols, hints, pytree, statically_known_true
 
 #: Small sizes tried for a symbol, besides its lower bound. Neither equal nor multiples of one another, so that a
 #: layout that mixes two dimensions up cannot look right at all of them.

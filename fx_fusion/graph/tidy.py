@@ -6,14 +6,13 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, Node
-from torch.utils import _pytree as pytree
 
 from fx_fusion.graph import operations
 from fx_fusion.graph.analysis import GraphAnalysis
 from fx_fusion.graph.edit import EMITTED, fake_run
 from fx_fusion.graph.operations import aten, prims
 from fx_fusion.graph.sizes import depends_on_data, same, steps
-from fx_fusion.graph.torch_compat import sort_topologically
+from fx_fusion.graph.torch_compat import pytree, sort_topologically
 
 #: What a rewrite computes indices with where the graph does not hold them.
 _INDEX_ARITHMETIC = (prims.iota.default, aten.add.Tensor, aten.lt.Scalar, aten.where.self, aten.full.default)

@@ -18,13 +18,12 @@ import sympy
 import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate
-from torch.utils import _pytree as pytree
 
 from fx_fusion.decline import Decline
-from fx_fusion.graph import operations as opset
-from fx_fusion.graph.nodes import value_of
-from fx_fusion.graph.operations import aten, prims
+from fx_fusion.graph import operations
+from fx_fusion.graph.operations import aten, prims, value_of
 from fx_fusion.graph.sizes import Sizes, same
+from fx_fusion.graph.torch_compat import pytree
 from fx_fusion.proof.token_reduction import Axis, Follow, assignments, is_free, places_of
 
 #: No extent of a model is a multiple of a prime beyond this, unless it is the symbol's own.
@@ -35,7 +34,7 @@ _ENDLESS = 1 << 31
 
 #: Where an operation takes extents.
 _EXTENTS: dict[Any, int] = {
-    **dict.fromkeys(opset.RESHAPE, 1),
+    **dict.fromkeys(operations.RESHAPE, 1),
     aten.expand.default: 1,
     aten.repeat.default: 1,
     aten.full.default: 0,
@@ -73,7 +72,8 @@ def _steps(outputs: Iterable[Node], inputs: Mapping[Node, None], follow: Follow)
     stack = list(outputs)
     while stack:
         node = stack[-1]
-        needs = [follow[node][0]] if node in follow else [p for p in node.all_input_nodes if not opset.is_symbolic(p)]
+        read = [follow[node][0]] if node in follow else node.all_input_nodes
+        needs = [parent for parent in read if not operations.is_symbolic(parent)]
         missing = [] if node in inputs or node in done else [p for p in needs if p not in inputs and p not in done]
         if missing:
             stack.extend(missing)
@@ -186,7 +186,7 @@ def _at(sizes: Sizes, inputs: Iterable[Node], steps: Sequence[Node], follow: Fol
 
     def concrete(argument: Any) -> Any:
         if isinstance(argument, Node):
-            return sizes.value(argument) if opset.is_symbolic(argument) else copies[argument]
+            return sizes.value(argument) if operations.is_symbolic(argument) else copies[argument]
         return sizes.concrete(argument) if isinstance(argument, torch.SymInt) else argument
 
     for node in steps:

@@ -162,11 +162,9 @@ def read(analysis: GraphAnalysis, candidate: Candidate, memo: Memo) -> Match:
         value_store=stored_value,
         slots=slots,
         saturate=bool(stored_key.saturate or stored_value.saturate),
-        grid=_symbolic_grid(key, key_heads),
+        grid=symbolic_grid,
         return_k=_used_fresh(analysis, key.out, key_store),
         evidence=weakest([each.evidence for each in (query_heads, key_heads) if each.evidence is not None]),
-        symbolic_grid = _symbolic_grid(key, key_heads)
-        check_counts(symbolic_grid, stored_key, stored_value)
     )
 
 

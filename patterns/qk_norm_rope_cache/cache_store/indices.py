@@ -8,17 +8,19 @@ import torch
 from torch.fx import Node
 
 from fx_fusion.decline import Decline
+from fx_fusion.graph import operations
 from fx_fusion.graph.analysis import GraphAnalysis
 from fx_fusion.graph.operations import aten
 from fx_fusion.graph.sizes import Sizes, same
 from fx_fusion.graph.store_site import Store
+from fx_fusion.graph.torch_compat import OpOverload
 from fx_fusion.kernels.qk_norm_rope_cache.cache_layout import Size
 from fx_fusion.patterns.qk_norm_rope_cache.branch.split import Heads
 from fx_fusion.patterns.qk_norm_rope_cache.cache_store.addresses import Addresses, Index, index_forms
 from fx_fusion.patterns.qk_norm_rope_cache.cache_store.mask import by_sign, read_flag
 from fx_fusion.patterns.qk_norm_rope_cache.cache_store.region import Written, own_part, read_written, without_counting
 from fx_fusion.patterns.qk_norm_rope_cache.cache_store.view import check_unchanged, check_view
-from fx_fusion.proof.evaluate import Arithmetic, evaluate
+from fx_fusion.proof.evaluate import Arithmetic, evaluate, schedule
 
 #: Indices up to this are tried one by one.
 _EVERY_INDEX = 1 << 22
@@ -45,7 +47,7 @@ def read_addresses(
         written, elements = own_part(store, written, own, sizes), elements[own]
     _check_complete(store, elements, heads, grid)
     token = elements // (heads.head_dim * heads.num_heads)
-    written = without_counting(written, elements, heads, grid)
+    written = without_counting(written, elements, heads, sizes, grid)
     places = _read_places(store, written, elements, heads, grid)
     found = _address(store, written, places, token, heads, grid)
     canonical = {name: _canonical(analysis, getattr(found, name)) for name in ("slots", "blocks", "in_group")}
@@ -195,21 +197,28 @@ def _canonical(analysis: GraphAnalysis, index: Index | None) -> Index | None:
 def same_slots(analysis: GraphAnalysis, key: Addresses, value: Addresses, sizes: Sizes) -> Index | None:
     """The slots that both are stored at, or None if that cannot be shown.
 
-    Blocks and slots are shared; how many there are may be two symbols for what is one number.
+    Blocks and slots are shared; how many there are may be two symbols for what is one number. Where a flag leaves
+    tokens out, a negative slot is counted from the end once for both: they must have as many.
     """
     sized = [[sizes.concrete(size) for size in addresses.size[:2]] for addresses in (key, value)]
     if (key.blocks, key.stored) != (value.blocks, value.stored) or sized[0][0] != sized[1][0]:
+        return None
+    if key.stored and not key.stored.by_sign and not same(key.size[1:2], value.size[1:2]):
         return None
     if key.in_group is None and value.in_group is None:
         return key.slots if key.slots == value.slots else None
     plain, grouped = (key, value) if key.in_group is None else (value, key)
     if plain.in_group is not None or sized[0] != sized[1]:
         return None
-    return plain.slots if _splits(analysis, plain.slots, grouped, sized[0][1], sizes) else None
+    return plain.slots if _splits(analysis, plain.slots, grouped, sized[0][1]) else None
 
 
-def _splits(analysis: GraphAnalysis, slots: Index, grouped: Addresses, block_size: int, sizes: Sizes) -> bool:
-    """Do the two indices of `grouped` spell the slot, at every slot that a block has, counted from either end?"""
+def _splits(analysis: GraphAnalysis, slots: Index, grouped: Addresses, block_size: int) -> bool:
+    """Do the two indices of `grouped` spell the slot, at every slot that a block has, counted from either end?
+
+    Each must be a function of one slot: what sorts them, or adds them up, looks like one where they happen to be in
+    order.
+    """
     group, place = grouped.slots, grouped.in_group
     assert place is not None
     if slots.node is None or group.node is None or place.node is None or 2 * block_size > _EVERY_INDEX:
@@ -218,15 +227,29 @@ def _splits(analysis: GraphAnalysis, slots: Index, grouped: Addresses, block_siz
         return False
     every = torch.arange(-block_size, block_size)
     # The same slots may be computed once more for the value.
-    alike = (each for each in _above(group.node, place.node) if analysis.canonical(each) is slots.node)
+    alike = [each for each in _above(group.node, place.node) if analysis.canonical(each) is slots.node]
     try:
-        found = evaluate([group.node, place.node], dict.fromkeys(alike, every), sizes, Arithmetic.NATIVE)
+        steps = schedule([group.node, place.node], alike)
+        if not all(_acts_on_each(node, slots.node) for node in steps):
+            return False
+        found = evaluate([group.node, place.node], dict.fromkeys(alike, every), Sizes(), Arithmetic.NATIVE)
     except Decline:
         return False
     if any(each.shape != every.shape for each in found):
         return False
     groups, places = block_size // grouped.slot_group, grouped.slot_group
     return torch.equal(found[0] % groups * places + found[1] % places, every % block_size)
+
+
+def _acts_on_each(node: Node, slots: Node) -> bool:
+    """Does `node` make one integer of each slot, or is it a single number?"""
+    value = node.meta["val"]
+    if not isinstance(value, torch.Tensor) or node.op != "call_function":
+        return False
+    if operations.is_literal(node):
+        return same([value.numel()], [1])
+    pointwise = isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags
+    return (pointwise or operations.is_cast(node)) and same(value.shape, slots.meta["val"].shape)
 
 
 def _above(*nodes: Node) -> list[Node]:

@@ -11,11 +11,10 @@ from torch.fx import Node
 from fx_fusion.decline import Decline
 from fx_fusion.graph.analysis import GraphAnalysis
 from fx_fusion.graph.operations import aten, node_of
-from fx_fusion.graph.paths import strip_views
 from fx_fusion.graph.sizes import Sizes
 from fx_fusion.graph.store_site import Store
 from fx_fusion.patterns.qk_norm_rope_cache.cache_store.addresses import Addresses, Flag, Index, index_forms
-from fx_fusion.proof.evaluate import Arithmetic, evaluate
+from fx_fusion.proof.index_maps import moved_from
 
 #: Whether a slot is negative, or is not: an operation and the number it compares with.
 _NEGATIVE: tuple[tuple[Any, int], ...] = ((aten.lt.Scalar, 0), (aten.le.Scalar, -1))
@@ -27,10 +26,7 @@ def read_flag(
 ) -> Flag | None:
     if store.mask is None:
         return None
-    root = strip_views(store.mask.flag)
-    shape = sizes.shape(root.meta["val"])
-    numbers = torch.arange(torch.Size(shape).numel()).reshape(shape)
-    moved = evaluate([store.mask.flag], {root: numbers}, sizes, Arithmetic.MOVE)[0]
+    root, moved = moved_from(store.mask.flag, sizes)
     if root.meta["val"].dtype == torch.bool and torch.broadcast_shapes(moved.shape, own.shape) == own.shape:
         for per_batch, per_token, number in index_forms(token, grid):
             if bool((moved.expand(own.shape)[own] == number.reshape(-1)).all()):
@@ -48,6 +44,7 @@ def by_sign(analysis: GraphAnalysis, addresses: Addresses, flag: Flag) -> Addres
         return replace(addresses, stored=flag)
     slots = node_of(test.args[0])
     same_tokens = replace(flag.index, node=index) == addresses.slots
+    same_tokens = same_tokens and slots.meta["val"].dtype == index.meta["val"].dtype
     if not same_tokens or analysis.value_number(slots) not in _without_sign(analysis, index, flag):
         return replace(addresses, stored=flag)
     return replace(

@@ -10,15 +10,14 @@ from torch.fx import Node
 
 from fx_fusion.decline import Decline
 from fx_fusion.graph import operations
-from fx_fusion.graph.operations import aten, prims, value_of
-from fx_fusion.graph.paths import strip_views
-from fx_fusion.graph.sizes import Sizes, same
+from fx_fusion.graph.operations import aten, value_of
+from fx_fusion.graph.sizes import Sizes
 from fx_fusion.graph.store_site import Store
 from fx_fusion.graph.torch_compat import statically_known_true
 from fx_fusion.kernels.qk_norm_rope_cache.cache_layout import Size
 from fx_fusion.patterns.qk_norm_rope_cache.branch.split import Heads
 from fx_fusion.patterns.qk_norm_rope_cache.cache_store.view import slice_of
-from fx_fusion.proof.evaluate import Arithmetic, evaluate
+from fx_fusion.proof.index_maps import counts, moved_from
 
 
 @dataclass(frozen=True)
@@ -61,8 +60,8 @@ def _put(store: Store, sizes: Sizes) -> tuple[dict[int, torch.Tensor], dict[int,
         indices: Any = store.writer.args[1]
         given[: len(indices)] = indices
     for index in given:
-        if index is not None and not operations.is_int_tensor(index):
-            raise Decline("store.index", f"{index} is not an integer index", [store.writer])
+        if index is not None:
+            _check_index(store, index)
     if not any(given):
         raise Decline("store.index", "the whole cache is overwritten", [store.writer])
     numbers = {
@@ -91,18 +90,25 @@ def _put(store: Store, sizes: Sizes) -> tuple[dict[int, torch.Tensor], dict[int,
     )
 
 
+def _check_index(store: Store, index: Node) -> None:
+    dtype = index.meta["val"].dtype
+    if dtype in (torch.uint8, torch.bool):
+        found = f"{index} holds {dtype}: in PyTorch that is no index but a mask of what is stored"
+        raise Decline("store.index", found, [store.writer, index])
+    if not operations.is_int_tensor(index):
+        raise Decline("store.index", f"{index} is not an integer index", [store.writer])
+
+
 def _scattered(store: Store, sizes: Sizes) -> tuple[dict[int, torch.Tensor], dict[int, tuple[Node, torch.Tensor]]]:
     """Of ``scatter``: its index has an element for each one stored, expanded from one that has fewer."""
     shape = sizes.shape(store.view.meta["val"])
     _, where, index, *_ = store.writer.args
     assert isinstance(where, int) and isinstance(index, Node)
-    root, extent = strip_views(index), sizes.shape(index.meta["val"])
+    extent = sizes.shape(index.meta["val"])
     if extent != sizes.shape(store.value.meta["val"]):
         found = f"{index} of {list(extent)} chooses a part of the value {store.value}"
         raise Decline("store.layout", found, [store.writer])
-    given = sizes.shape(root.meta["val"])
-    numbers = torch.arange(torch.Size(given).numel()).reshape(given)
-    expanded = evaluate([index], {root: numbers}, sizes, Arithmetic.MOVE)[0]
+    root, expanded = moved_from(index, sizes)
     rulers = torch.meshgrid(*(torch.arange(size) for size in extent), indexing="ij")
     dim = where % len(shape)
     short = [d for d in range(len(shape)) if d != dim and extent[d] != shape[d]]
@@ -176,27 +182,18 @@ def own_part(store: Store, written: Written, own: torch.Tensor, sizes: Sizes) ->
     return Written(tuple(size), tuple(stride), offset, plain, indexed)
 
 
-def without_counting(written: Written, elements: torch.Tensor, heads: Heads, grid: tuple[int, int]) -> Written:
+def without_counting(
+    written: Written, elements: torch.Tensor, heads: Heads, sizes: Sizes, grid: tuple[int, int]
+) -> Written:
     """The same region, with no index where that only counts sequences or heads: ``cache[arange(B)[:, None], …]``."""
     head = elements // heads.head_dim % heads.num_heads
     sequence = elements // (heads.head_dim * heads.num_heads) // grid[1]
     counting = {
         dim: number
         for dim, (node, number) in written.indexed.items()
-        if _counts(node) and any(bool((number == each).all()) for each in (sequence, head))
+        if counts(node, sizes) and any(bool((number == each).all()) for each in (sequence, head))
     }
     if len(counting) == len(written.indexed):
         return written
     indexed = {dim: index for dim, index in written.indexed.items() if dim not in counting}
     return replace(written, plain={**written.plain, **counting}, indexed=indexed)
-
-
-def _counts(index: Node) -> bool:
-    """Does `index` hold 0, 1, 2, … in this order? (An expanded one would have its elements numbered otherwise.)"""
-    root = strip_views(index)
-    given = {"start": 0, "step": 1, **root.kwargs}
-    return (
-        root.target is prims.iota.default
-        and (given["start"], given["step"]) == (0, 1)
-        and same([root.meta["val"].numel()], [index.meta["val"].numel()])
-    )

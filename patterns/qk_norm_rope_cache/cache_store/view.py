@@ -108,7 +108,7 @@ def _viewed(whole: Any, node: Node, shape: tuple[int, ...]) -> Any:
         return whole
     try:
         return whole.view(shape)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise Decline("store.cache_not_viewable", f"{node} copies the cache: {error}", [node]) from error
 
 
@@ -117,7 +117,7 @@ def _replay(value: Any, steps: list[Node], sizes: Sizes) -> Any:
         target: Any = aten.view.default if node.target is aten.reshape.default else node.target
         try:
             value = target(value, *_concrete(node.args[1:], sizes))
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             raise Decline("store.cache_not_viewable", f"{node} copies the cache: {error}", [node]) from error
     return value
 
