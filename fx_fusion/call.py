@@ -20,6 +20,7 @@ from fx_fusion import op
 from fx_fusion.emit import Emitter
 from fx_fusion.kernels import triton, triton_launch
 from fx_fusion.kernels.cache_layout import as_float8
+from fx_fusion.kernels.early_launch import constants_in_graph
 from fx_fusion.nodes import value_of
 from fx_fusion.opset import aten
 
@@ -104,7 +105,7 @@ def _insert_triton(
     constant = {
         **{name: None for name, node in tensors.items() if node is None},
         **{name: size for name, size in launch.arguments.items() if name not in symbolic},
-        **launch.constants,
+        **constants_in_graph(launch.constants),
     }
     present = {name: node for name, node in tensors.items() if node is not None}
     written = [name for name in ("k_cache", "v_cache", "q_out", "k_out") if name in present]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 
 @triton.jit
@@ -36,8 +37,12 @@ def qk_norm_rope_cache(
     SKIP_NEGATIVE_SLOTS: tl.constexpr, SATURATE: tl.constexpr, K_SCALE: tl.constexpr, V_SCALE: tl.constexpr,
     K_SLOT_GROUP: tl.constexpr, K_LANE_GROUP: tl.constexpr, V_SLOT_GROUP: tl.constexpr, V_LANE_GROUP: tl.constexpr,
     K_FLOAT8: tl.constexpr, V_FLOAT8: tl.constexpr, CONVERTS_FLOAT8: tl.constexpr,
-    TOKENS: tl.constexpr, HEADS: tl.constexpr, ALL_HEADS: tl.constexpr,
+    TOKENS: tl.constexpr, HEADS: tl.constexpr, ALL_HEADS: tl.constexpr, WAITS_FOR_PREDECESSOR: tl.constexpr,
 ):  # fmt: skip
+    if WAITS_FOR_PREDECESSOR:
+        # Ahead of every access: another kernel may have made any of the tensors, weights and tables included, and may
+        # still be reading what this one overwrites. To load weights earlier gains 0.1 µs at the most.
+        gdc_wait()
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     live = token < num_tokens
     # One sequence is told apart, since a division costs more than all of a program's other index arithmetic.

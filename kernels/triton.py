@@ -82,7 +82,7 @@ def qk_norm_rope_cache(
                 k_out,
                 *launch.arguments.values(),
                 *launch.constants.values(),
-                num_warps=launch.tile.num_warps,
+                **launch.options,
             )
     return q_out, k_out if k_out is not None else q_out.new_empty(0)
 

@@ -31,6 +31,12 @@ class Launch:
     constants: dict[str, Any]
     tile: Tile
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """How the kernel is launched. Without early launch `launch_pdl` is left out: AMD's compiler knows no such."""
+        early = {"launch_pdl": True} if self.constants["WAITS_FOR_PREDECESSOR"] else {}
+        return {"num_warps": self.tile.num_warps, **early}
+
 
 @functools.cache
 def wave_size_of(device: torch.device) -> int:
@@ -44,6 +50,16 @@ def converts_float8(device: torch.device) -> bool:
     if device.type != "cuda" or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+@functools.cache
+def launches_early(device: torch.device) -> bool:
+    """Whether a launch may begin before the kernel ahead of it has ended, which it then waits for itself (programmatic
+    dependent launch): on NVIDIA GPUs from compute capability 9.0 on.
+    """
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def plan(
@@ -145,6 +161,7 @@ def plan(
         "TOKENS": tile.tokens,
         "HEADS": tile.heads,
         "ALL_HEADS": tile.heads_per_program is None,
+        "WAITS_FOR_PREDECESSOR": launches_early(q.device),
     }
     groups = _cdiv(num_heads, heads) + 2 * _cdiv(num_kv_heads, heads)
     return Launch((_cdiv(num_tokens, tile.tokens), groups), arguments, constants, tile)

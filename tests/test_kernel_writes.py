@@ -13,6 +13,7 @@ from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_fun
 
 from fx_fusion.config import Config
 from fx_fusion.fusion_pass import apply
+from fx_fusion.kernels import triton_launch
 
 triton = pytest.importorskip("triton")
 BLOCKS, BLOCK_SIZE = 4, 16
@@ -52,8 +53,10 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("early", [False, True], ids=["as ever", "launched early"])
 @pytest.mark.parametrize("name", CASES)
-def test_pytorch_sees_what_the_kernel_writes(name):
+def test_pytorch_sees_what_the_kernel_writes(name, early, monkeypatch):
+    monkeypatch.setattr(triton_launch, "launches_early", lambda device: early)
     module, cache, expected = CASES[name]
     calls = rewritten(module(), arguments(cache=cache)).find_nodes(
         op="call_function", target=triton_kernel_wrapper_functional
