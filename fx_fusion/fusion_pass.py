@@ -133,7 +133,8 @@ def apply(graph: Graph, config: Config, *, training: bool = False, observer: Obs
         done.layers.append(_declined("graph", refusal))
     else:
         # Readers compute with real tensors, whatever mode the caller traces in (fake tensors, a default device).
-        with disable_current_modes(), cpu_by_default(), torch.no_grad():
+        # In inference mode composite operations would stay whole, and mean nothing to whoever counts on their parts.
+        with disable_current_modes(), cpu_by_default(), torch.inference_mode(False), torch.no_grad():
             stand_ins = stand_in(graph)
             inlined = inline(graph, stand_ins)
             for fusion in REGISTRY:

@@ -292,3 +292,11 @@ def test_two_models_that_differ_in_a_buffer_only():
             actual = torch.compile(model, backend="fx_fusion", options=REFERENCE)(*args)
         assert relative_difference(actual, expected) < 1e-5
         assert relative_difference(args[3], caches[0]) < 1e-5
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_fuses_and_is_proved_in_either_mode(mode):
+    options = {"fx_fusion.inner": "eager", "fx_fusion.kernel": "reference", "fx_fusion.strict": True}
+    with mode():
+        torch.compile(Prologue(), backend="fx_fusion", options=options)(*arguments())
+    assert [layer.proof for layer in fx_fusion.last_report().fused] == ["proved"]
